@@ -1,0 +1,1 @@
+"""What a launcher starts in every process; the logic lives in `orchestrator`."""

@@ -1,0 +1,383 @@
+"""The schema of a run: every key's name, type, unit and rule. Values stand in ``conf/``; nothing here has a default.
+
+Composition and freezing live in `compose.py`; this module imports neither Hydra nor OmegaConf.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+from orchestrator.errors import ConfigError
+
+RUN_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,29}[a-z0-9])?")
+
+
+class Crop(Enum):
+    """How a training image becomes `data.image_size` pixels square."""
+
+    random_resized = "random_resized"
+    pad = "pad"
+    none = "none"
+
+
+class Interpolation(Enum):
+    """The resampling filter, antialiased."""
+
+    bilinear = "bilinear"
+    bicubic = "bicubic"
+
+
+class OnBad(Enum):
+    """What an unreadable sample does: end the run, or be left out and counted."""
+
+    fail = "fail"
+    skip = "skip"
+
+
+class Stem(Enum):
+    """The first layers of a ResNet: 7x7/2 + pooling, or 3x3/1 for images under about 64 pixels."""
+
+    imagenet = "imagenet"
+    small = "small"
+
+
+class Shortcut(Enum):
+    """He et al.: A = zero-padded identity without parameters, B = projection."""
+
+    A = "A"
+    B = "B"
+
+
+class OptimizerKind(Enum):
+    """Names as torch and timm have them."""
+
+    sgd = "sgd"
+    adamw = "adamw"
+    rmsprop = "rmsprop"
+    lamb = "lamb"
+    lars = "lars"
+
+
+class Schedule(Enum):
+    """The shape of the learning rate after the warm-up."""
+
+    cosine = "cosine"
+    step = "step"
+    linear = "linear"
+    constant = "constant"
+
+
+class Precision(Enum):
+    """Arithmetic of forward and backward; weights and optimizer stay in fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Device(Enum):
+    """`auto` takes the GPUs of the machine, else the CPU."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class ClusterKind(Enum):
+    """Where the job goes."""
+
+    local = "local"
+
+
+class TrackingMode(Enum):
+    """Weights & Biases: a folder to sync later, a live run, or nothing."""
+
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+def _require(ok: bool, key: str, value: object, rule: str, way_out: str) -> None:
+    if not ok:
+        raise ConfigError(key, value, rule, way_out)
+
+
+def _require_range(config: object, group: str, **bounds: tuple[float, float]) -> None:
+    """Each named field lies within its closed bounds."""
+    for field, (low, high) in bounds.items():
+        value = getattr(config, field)
+        if not low <= value <= high:
+            span = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
+            raise ConfigError(f"{group}.{field}", value, f"must be {span}", f"set {group}.{field} within the bounds")
+
+
+INF = float("inf")
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Which shards are read and how an image becomes a tensor."""
+
+    name: str
+    """Short name for run ids and charts."""
+    train: str
+    """Shard set to train on: a folder with shards.json, that file, or a brace pattern of local paths or URLs."""
+    val: str
+    """Shard set to evaluate on, same forms."""
+    num_workers: int
+    """Loader processes per rank; 0 decodes in the rank itself."""
+    prefetch_batches: int
+    """Batches that each loader process keeps ready."""
+    image_size: int
+    """Side of the square that the network sees, in pixels."""
+    crop: Crop
+    crop_scale: list[float]
+    """random_resized: least and greatest share of the image's area."""
+    crop_ratio: list[float]
+    """random_resized: least and greatest width / height."""
+    padding: int
+    """pad: pixels added on each side before a random crop."""
+    flip: float
+    """Probability of a horizontal flip in training."""
+    eval_resize: int
+    """Short side before the centre crop in evaluation, in pixels; 0 squeezes the whole image into the square."""
+    interpolation: Interpolation
+    mean: list[float]
+    """Per channel, of pixels in 0..1."""
+    std: list[float]
+    on_bad: OnBad
+    max_pixels: int
+    """An image that claims more pixels is refused before it is decoded."""
+    shuffle_shards: int
+    """Samples are shuffled across windows of this many shards (0 = all)."""
+
+    def __post_init__(self) -> None:
+        _require_range(self, "data", num_workers=(0, 256), prefetch_batches=(1, 64), image_size=(1, 4096),
+                       padding=(0, 4096), flip=(0, 1), eval_resize=(0, 8192), max_pixels=(1, INF), shuffle_shards=(0, INF))
+        for field in ("crop_scale", "crop_ratio"):
+            pair = getattr(self, field)
+            _require(len(pair) == 2 and 0 < pair[0] <= pair[1], f"data.{field}", pair,
+                     "must be [low, high] with 0 < low <= high", f"e.g. data.{field}=[0.5,1.0]")
+        for field in ("mean", "std"):
+            _require(len(getattr(self, field)) == 3, f"data.{field}", getattr(self, field),
+                     "must have one number for each of the 3 channels", f"e.g. data.{field}=[0.5,0.5,0.5]")
+        _require(min(self.std) > 0, "data.std", self.std, "must be above 0", "e.g. data.std=[0.5,0.5,0.5]")
+        _require(self.eval_resize == 0 or self.eval_resize >= self.image_size, "data.eval_resize", self.eval_resize,
+                 f"must be 0 or at least data.image_size = {self.image_size}", f"data.eval_resize={self.image_size}")
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The network. Names: our ResNets, a package's entry point `orchestrator.models`, or any timm model (`timm/NAME` forces timm)."""
+
+    name: str
+    num_classes: int | None
+    """Size of the head; null takes the number of classes that the training shards hold."""
+    stem: Stem
+    """Ours only."""
+    shortcut: Shortcut
+    """Ours only."""
+    zero_init_last: bool
+    """Last BatchNorm of each residual branch starts at zero, so that a block starts as the identity."""
+    drop_path: float
+    """Stochastic depth of the last block, rising linearly from 0 (timm)."""
+    dropout: float
+    """Before the head."""
+    weights: str | None
+    """File to start from (.safetensors, .pt, .pth, .th): tensors by name, or in order where all shapes agree."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_classes is None or self.num_classes >= 2, "model.num_classes", self.num_classes,
+                 "must be at least 2", "leave it out to take the number of classes from the shards")
+        _require_range(self, "model", drop_path=(0, 0.99), dropout=(0, 0.99))
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+    """What turns gradients into weights."""
+
+    kind: OptimizerKind
+    lr: float
+    """Peak learning rate, for `base_batch_size` images per step."""
+    base_batch_size: int | None
+    """The global batch that `lr` is meant for; it is scaled linearly to recipe.global_batch_size. null: no scaling."""
+    momentum: float
+    nesterov: bool
+    betas: list[float]
+    eps: float
+    weight_decay: float
+    decay_norm_and_bias: bool
+    """false: no weight decay on vectors (norm weights and biases)."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optimizer.lr", self.lr, "must be above 0", "e.g. optimizer.lr=0.1")
+        _require_range(self, "optimizer", momentum=(0, 0.9999), eps=(0, 1), weight_decay=(0, 1))
+        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas,
+                 "must be two numbers in [0, 1)", "optimizer.betas=[0.9,0.999]")
+        _require(self.base_batch_size is None or self.base_batch_size >= 1, "optimizer.base_batch_size",
+                 self.base_batch_size, "must be at least 1", "leave it out to use optimizer.lr as it is")
+
+
+@dataclass(kw_only=True, slots=True)
+class RecipeConfig:
+    """How long and with what regularisation; a published recipe also says where it comes from."""
+
+    epochs: int
+    global_batch_size: int
+    """Images per optimizer step over all processes."""
+    accumulate: int
+    """Parts into which a process cuts its share of a step to save memory; the step stays the same."""
+    schedule: Schedule
+    warmup_epochs: float
+    warmup_factor: float
+    """Share of the peak at which the warm-up starts."""
+    final_factor: float
+    """Share of the peak at which cosine and linear end."""
+    step_epochs: list[int]
+    """step: epochs at which the rate is multiplied by `step_factor`."""
+    step_factor: float
+    label_smoothing: float
+    ema_decay: float
+    """Exponential moving average of the weights, evaluated instead of them; 0 = none."""
+    ema_every_steps: int
+    clip_norm: float
+    """Greatest L2 norm of a step's gradient; 0 = no clipping."""
+    source: str | None
+    """Where the recipe was published."""
+    published_top1: float | None
+    """Per cent, as published; never a claim of this project."""
+    reproduced_top1: float | None
+    """Per cent, measured with this project, or null."""
+
+    def __post_init__(self) -> None:
+        _require_range(self, "recipe", epochs=(1, INF), global_batch_size=(1, INF), accumulate=(1, INF),
+                       warmup_epochs=(0, INF), warmup_factor=(0, 1), final_factor=(0, 1), step_factor=(0, 1),
+                       label_smoothing=(0, 0.99), ema_decay=(0, 1), ema_every_steps=(1, INF), clip_norm=(0, INF))
+        _require(self.warmup_epochs <= self.epochs, "recipe.warmup_epochs", self.warmup_epochs,
+                 f"must not exceed recipe.epochs = {self.epochs}", "shorten the warm-up or train longer")
+
+
+@dataclass(kw_only=True, slots=True)
+class ComputeConfig:
+    """Processes and arithmetic; nothing here changes which samples a step sees."""
+
+    num_processes: str
+    """World size: a number, or `auto` (this machine's GPUs, else 1). One GPU each on GPUs."""
+    device: Device
+    precision: Precision
+    channels_last: bool
+    compile: bool
+    deterministic: bool
+    """Only algorithms that give the same bits every time."""
+    threads_per_process: int
+    """Compute threads of a process on the CPU."""
+    master_port: int
+    """Port on which the processes of this machine meet; 0 takes a free one."""
+
+    def __post_init__(self) -> None:
+        number = self.num_processes
+        _require(number == "auto" or (number.isdecimal() and int(number) >= 1), "compute.num_processes", number,
+                 "must be a number from 1 up, or auto", "compute.num_processes=2")
+        _require_range(self, "compute", threads_per_process=(1, 1024), master_port=(0, 65535))
+
+
+@dataclass(kw_only=True, slots=True)
+class ClusterConfig:
+    """Where the job runs and how often it may start again."""
+
+    kind: ClusterKind
+    max_restarts: int
+    """Starts after the first one, for failures that a retry can mend."""
+    grace_s: float
+    """Seconds between a request to stop and the kill."""
+
+    def __post_init__(self) -> None:
+        _require_range(self, "cluster", max_restarts=(0, INF), grace_s=(1, INF))
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointingConfig:
+    """When the state is saved and what is kept. The end of the run and a request to stop always save."""
+
+    every_epochs: int
+    """0 = not by epochs."""
+    every_steps: int
+    """0 = not by steps."""
+    keep_last: int
+    """Newest checkpoints that stay; the best by val/acc1 stays besides."""
+
+    def __post_init__(self) -> None:
+        _require_range(self, "checkpointing", every_epochs=(0, INF), every_steps=(0, INF), keep_last=(1, INF))
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    """Weights & Biases is a mirror: the events on disk are the record."""
+
+    mode: TrackingMode
+    entity: str | None
+    project: str
+    group: str | None
+    tags: list[str]
+    log_every_steps: int
+    upload_checkpoint: bool
+    """Attach the last and the best checkpoint to the W&B run as an artifact."""
+    init_timeout_s: float
+    """Seconds that an online run waits for the server before it goes on offline."""
+
+    def __post_init__(self) -> None:
+        _require_range(self, "tracking", log_every_steps=(1, INF), init_timeout_s=(1, INF))
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Everything that one run is."""
+
+    name: str
+    """First part of the run id: lower case, digits and hyphens."""
+    seed: int
+    runs_dir: str
+    data_dir: str
+    """Where the presets of `data/` look for shards."""
+    max_steps: int | None
+    """End after this many optimizer steps although epochs remain."""
+    eval_batch_size: int
+    """Images per process and step in evaluation."""
+    data: DataConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    recipe: RecipeConfig
+    compute: ComputeConfig
+    cluster: ClusterConfig
+    checkpointing: CheckpointingConfig
+    tracking: TrackingConfig
+
+    def __post_init__(self) -> None:
+        _require(RUN_NAME.fullmatch(self.name) is not None, "name", self.name,
+                 "must be 1 to 31 characters of a-z, 0-9 and inner hyphens", "e.g. name=resnet50-baseline")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "must be between 0 and 2^63 - 1", "seed=0")
+        _require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "must be at least 1",
+                 "leave it out to train recipe.epochs epochs")
+        _require(self.eval_batch_size >= 1, "eval_batch_size", self.eval_batch_size, "must be at least 1",
+                 "e.g. eval_batch_size=64")
+        self._require_batch_fits()
+
+    def _require_batch_fits(self) -> None:
+        number, batch = self.compute.num_processes, self.recipe.global_batch_size
+        processes = int(number) if number.isdecimal() else 1
+        _require(batch >= processes, "recipe.global_batch_size", batch,
+                 f"must be at least compute.num_processes = {processes}, or some process has no image in a step",
+                 f"recipe.global_batch_size={processes} or compute.num_processes={batch}")
+        _require(batch >= processes * self.recipe.accumulate, "recipe.accumulate", self.recipe.accumulate,
+                 f"cuts {batch} images of {processes} processes into parts without an image",
+                 f"recipe.accumulate={max(1, batch // processes)}")
+
+
+GROUPS = ("data", "model", "optimizer", "recipe", "compute", "cluster", "checkpointing", "tracking")
+
+MAY_CHANGE = ("cluster", "tracking", "checkpointing", "runs_dir", "data_dir", "data.train", "data.val",
+              "data.num_workers", "data.prefetch_batches", "compute.num_processes", "compute.device",
+              "compute.threads_per_process", "compute.master_port", "eval_batch_size")
+"""Keys that may differ between the attempts of a run: they are left out of its id. Shards are known by their digest instead of their place."""

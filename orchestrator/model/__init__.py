@@ -1,0 +1,1 @@
+"""Networks, the LightningModule over them, and what optimises them."""

@@ -1,0 +1,1 @@
+"""The record of a run: results on disk, Weights & Biases, the report."""

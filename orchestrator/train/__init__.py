@@ -1,0 +1,1 @@
+"""One run from the frozen bundle to its result: fit, evaluate, predict, checkpoints, signals, events."""
