@@ -1,0 +1,267 @@
+"""What shards hold: the index of a set (`shards.json`), and keys, labels and byte ranges of one shard's samples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin
+
+import numpy as np
+
+from orchestrator.data.members import (
+    BLOCK,
+    IMAGE_EXTENSIONS,
+    Member,
+    group_samples,
+    list_first,
+    read_idx,
+    scan_members,
+)
+from orchestrator.data.remote import is_url, open_url
+from orchestrator.errors import DataError, TransientError
+
+INDEX_NAME = "shards.json"
+SCHEMA = 1
+KIND = "wids-shard-index-v1"
+
+_LONGEST_LABEL = 20
+_MAKE = (
+    "Way out: `orchestrator shards make SOURCE OUT` packs images, `orchestrator shards index` indexes tars that exist"
+)
+
+_REINDEX = "Way out: `orchestrator shards index` writes it again"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One tar of a set; `location` is an absolute path or a URL."""
+
+    location: str
+    nsamples: int
+    filesize: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """A set of shards. `class_counts` are those of the whole set, also where a pattern selects some of its shards."""
+
+    location: str
+    name: str
+    shards: tuple[Shard, ...]
+    classes: tuple[str, ...]
+    class_counts: tuple[int, ...]
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.nsamples for shard in self.shards)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the data wherever it lies: sha256 over hash and sample count of the shards in their order."""
+        lines = (f"{shard.sha256} {shard.nsamples}\n" for shard in self.shards)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """The samples of one shard in the order of the tar; `extension` is that of the image, in lower case."""
+
+    keys: list[str]
+    image_offset: np.ndarray  # (N,) int64, bytes from the start of the tar
+    image_size: np.ndarray  # (N,) int64, bytes
+    label: np.ndarray  # (N,) int64
+    extension: list[str]
+
+
+def load_index(location: str) -> ShardIndex:
+    """Read the index of a folder, of a `shards.json`, or of a brace pattern of tars (then only those shards).
+
+    Raises DataError for what is missing, empty or malformed.
+    """
+    pattern = _expand(location) if location.endswith(".tar") else None
+    index_at = _index_location(location, pattern)
+    body = _parse(index_at)
+    try:
+        index = _build(index_at, body)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{index_at}: not a complete shard index ({type(error).__name__}: {error}). {_REINDEX}"
+        ) from error
+    if not index.num_samples:
+        raise DataError(f"{index_at}: the index holds no sample. {_MAKE}")
+    return _select(index, pattern) if pattern else index
+
+
+def _expand(location: str) -> list[str]:
+    from braceexpand import braceexpand
+
+    try:
+        places = list(braceexpand(location))
+    except ValueError as error:
+        raise DataError(f"{location}: {error}. Way out: e.g. train-{{000000..000009}}.tar") from error
+    return [place if is_url(place) else os.path.abspath(place) for place in places]
+
+
+def _index_location(location: str, pattern: list[str] | None) -> str:
+    if pattern:
+        return pattern[0].rsplit("/", 1)[0] + "/" + INDEX_NAME
+    if not is_url(location):
+        location = os.path.abspath(os.path.expanduser(location))
+    return location if location.endswith(".json") else location.rstrip("/") + "/" + INDEX_NAME
+
+
+def _parse(index_at: str) -> dict[str, Any]:
+    text = _read_url(index_at) if is_url(index_at) else _read_file(Path(index_at))
+    try:
+        body = json.loads(text)
+    except ValueError as error:
+        raise DataError(
+            f"{index_at}: not JSON ({error}). Way out: `orchestrator shards index` writes it again"
+        ) from error
+    kind = body.get("__kind__") if isinstance(body, dict) else type(body).__name__
+    if kind != KIND:
+        raise DataError(f"{index_at}: kind {kind!r} is not {KIND!r}. Way out: name the {INDEX_NAME} of a shard set")
+    if body.get("schema", SCHEMA) != SCHEMA:
+        raise DataError(
+            f"{index_at}: schema {body['schema']}, this version reads {SCHEMA}. Way out: `orchestrator shards index`"
+        )
+    return body
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        what = f"has no {INDEX_NAME}" if path.parent.is_dir() else "does not exist"
+        raise DataError(f"{path.parent}: the shard folder {what}. {_MAKE}") from None
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}). Way out: name a shard folder you may read"
+        ) from error
+
+
+def _read_url(url: str) -> bytes:
+    try:
+        with open_url(url) as stream:
+            return stream.read()
+    except OSError as error:
+        raise TransientError(f"{url}: cannot be read ({error}). Way out: check that the address serves it") from error
+
+
+def _build(index_at: str, body: dict[str, Any]) -> ShardIndex:
+    shards = tuple(_shard(index_at, entry) for entry in body["shardlist"])
+    classes = tuple(str(name) for name in body["classes"])
+    counts = tuple(int(count) for count in body["class_counts"])
+    if len(classes) != len(counts):
+        raise ValueError(f"{len(classes)} classes but {len(counts)} class_counts")
+    return ShardIndex(index_at, str(body.get("name", "")), shards, classes, counts)
+
+
+def _shard(index_at: str, entry: dict[str, Any]) -> Shard:
+    url = str(entry["url"])
+    if not is_url(url):
+        folder = os.path.dirname(index_at)
+        url = urljoin(index_at, url) if is_url(index_at) else os.path.normpath(os.path.join(folder, url))
+    return Shard(url, int(entry["nsamples"]), int(entry["filesize"]), str(entry["sha256"]))
+
+
+def _select(index: ShardIndex, pattern: list[str]) -> ShardIndex:
+    known = {shard.location: shard for shard in index.shards}
+    unknown = [place for place in pattern if place not in known]
+    if unknown:
+        raise DataError(
+            f"{index.location}: {len(unknown)} of {len(pattern)} shards of the pattern are not in the index:\n"
+            f"{list_first(unknown)}\nWay out: narrow the pattern, or `orchestrator shards index` after adding tars"
+        )
+    return ShardIndex(index.location, index.name, tuple(known[p] for p in pattern), index.classes, index.class_counts)
+
+
+def load_members(path: Path, shard: Shard) -> Members:
+    """Find every sample of the shard that lies at `path`; labels are read, images are not.
+
+    Raises DataError where the index is stale or samples are not one image and one `cls` label each.
+    """
+    require_size(path, shard)
+    members = read_members(path)
+    if len(members.keys) != shard.nsamples:
+        raise _stale(path, f"{len(members.keys):,} samples, the index says {shard.nsamples:,}")
+    return members
+
+
+def require_size(path: Path, shard: Shard) -> None:
+    """Raise DataError where the file at `path` is not as long as the index says."""
+    size = path.stat().st_size
+    if size != shard.filesize:
+        raise _stale(path, f"{size:,} bytes, the index says {shard.filesize:,}")
+
+
+def _stale(path: Path, what: str) -> DataError:
+    return DataError(f"index stale: {path} has {what}. Way out: `orchestrator shards index {path.parent}`")
+
+
+def read_members(path: Path) -> Members:
+    """Like `load_members` for a tar that no index describes yet."""
+    with path.open("rb") as file:
+        samples = read_idx(path.with_suffix(".idx"), os.fstat(file.fileno()).st_size)
+        if samples is not None and all(_header_agrees(file.fileno(), sample) for sample in samples):
+            return _collect(path, file.fileno(), samples)
+        return _collect(path, file.fileno(), group_samples(scan_members(path)))
+
+
+def _header_agrees(fd: int, sample: list[Member]) -> bool:
+    """An `.idx` of an older tar of the same size points at bytes whose header has another name or size."""
+    for member in sample:
+        if member.extension == "cls":
+            header = os.pread(fd, BLOCK, member.offset - BLOCK)
+            base = member.name.rsplit("/", 1)[-1].encode()[-90:]
+            return header[257:262] == b"ustar" and header[124:135] == b"%011o" % member.size and base in header
+    return True
+
+
+def _collect(path: Path, fd: int, samples: Iterable[list[Member]]) -> Members:
+    keys, extensions, rows, faults = [], [], [], []
+    for sample in samples:
+        try:
+            image, label = _image_and_label(fd, sample)
+        except ValueError as error:
+            faults.append(f"sample {sample[0].key} at byte {sample[0].offset:,}: {error}")
+            continue
+        keys.append(image.key)
+        extensions.append(image.extension)
+        rows.append((image.offset, image.size, label))
+    if faults:
+        raise DataError(
+            f"{path}: {len(faults)} samples are not one image and one label:\n{list_first(faults)}\n"
+            "Way out: write this shard again, e.g. with `orchestrator shards make`"
+        )
+    columns = np.asarray(rows, np.int64).reshape(-1, 3).T
+    return Members(keys, columns[0], columns[1], columns[2], extensions)
+
+
+def _image_and_label(fd: int, sample: list[Member]) -> tuple[Member, int]:
+    images = [member for member in sample if member.extension in IMAGE_EXTENSIONS]
+    labels = [member for member in sample if member.extension == "cls"]
+    if len(images) != 1:
+        raise ValueError(f"{len(images)} images (jpg, jpeg, png or webp), must be 1")
+    if len(labels) != 1:
+        raise ValueError(f"{len(labels)} cls labels, must be 1")
+    return images[0], _read_label(fd, labels[0])
+
+
+def _read_label(fd: int, member: Member) -> int:
+    text = os.pread(fd, min(member.size, _LONGEST_LABEL + 1), member.offset)
+    digits = text.strip()
+    if not digits.isdigit() or len(text) > _LONGEST_LABEL or int(digits) >= 2**63:
+        raise ValueError(f"label {text[:_LONGEST_LABEL]!r} is not an integer from 0 up")
+    return int(digits)
