@@ -40,12 +40,13 @@ _REINDEX = "Way out: `orchestrator shards index` writes it again"
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One tar of a set; `location` is an absolute path or a URL."""
+    """One tar of a set; `location` is an absolute path or a URL, `label` the extension of the members with labels."""
 
     location: str
     nsamples: int
     filesize: int
     sha256: str
+    label: str = "cls"
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,8 @@ def _shard(index_at: str, entry: dict[str, Any]) -> Shard:
     if not is_url(url):
         folder = os.path.dirname(index_at)
         url = urljoin(index_at, url) if is_url(index_at) else os.path.normpath(os.path.join(folder, url))
-    return Shard(url, int(entry["nsamples"]), int(entry["filesize"]), str(entry["sha256"]))
+    label = str(entry.get("label", "cls"))
+    return Shard(url, int(entry["nsamples"]), int(entry["filesize"]), str(entry["sha256"]), label)
 
 
 def _select(index: ShardIndex, pattern: list[str]) -> ShardIndex:
@@ -193,7 +195,7 @@ def load_members(path: Path, shard: Shard) -> Members:
     Raises DataError where the index is stale or samples are not one image and one `cls` label each.
     """
     require_size(path, shard)
-    members = read_members(path)
+    members = read_members(path, shard.label)
     if len(members.keys) != shard.nsamples:
         raise _stale(path, f"{len(members.keys):,} samples, the index says {shard.nsamples:,}")
     return members
@@ -210,36 +212,36 @@ def _stale(path: Path, what: str) -> DataError:
     return DataError(f"index stale: {path} has {what}. Way out: `orchestrator shards index {path.parent}`")
 
 
-def read_members(path: Path) -> Members:
+def read_members(path: Path, label: str) -> Members:
     """Like `load_members` for a tar that no index describes yet."""
     with path.open("rb") as file:
         samples = read_idx(path.with_suffix(".idx"), os.fstat(file.fileno()).st_size)
-        if samples is not None and all(_header_agrees(file.fileno(), sample) for sample in samples):
-            return _collect(path, file.fileno(), samples)
-        return _collect(path, file.fileno(), group_samples(scan_members(path)))
+        if samples is not None and all(_header_agrees(file.fileno(), sample, label) for sample in samples):
+            return _collect(path, file.fileno(), samples, label)
+        return _collect(path, file.fileno(), group_samples(scan_members(path)), label)
 
 
-def _header_agrees(fd: int, sample: list[Member]) -> bool:
+def _header_agrees(fd: int, sample: list[Member], label: str) -> bool:
     """An `.idx` of an older tar of the same size points at bytes whose header has another name or size."""
     for member in sample:
-        if member.extension == "cls":
+        if member.extension == label:
             header = os.pread(fd, BLOCK, member.offset - BLOCK)
             base = member.name.rsplit("/", 1)[-1].encode()[-90:]
             return header[257:262] == b"ustar" and header[124:135] == b"%011o" % member.size and base in header
     return True
 
 
-def _collect(path: Path, fd: int, samples: Iterable[list[Member]]) -> Members:
+def _collect(path: Path, fd: int, samples: Iterable[list[Member]], label: str) -> Members:
     keys, extensions, rows, faults = [], [], [], []
     for sample in samples:
         try:
-            image, label = _image_and_label(fd, sample)
+            image, number = _image_and_label(fd, sample, label)
         except ValueError as error:
             faults.append(f"sample {sample[0].key} at byte {sample[0].offset:,}: {error}")
             continue
         keys.append(image.key)
         extensions.append(image.extension)
-        rows.append((image.offset, image.size, label))
+        rows.append((image.offset, image.size, number))
     if faults:
         raise DataError(
             f"{path}: {len(faults)} samples are not one image and one label:\n{list_first(faults)}\n"
@@ -249,13 +251,13 @@ def _collect(path: Path, fd: int, samples: Iterable[list[Member]]) -> Members:
     return Members(keys, columns[0], columns[1], columns[2], extensions)
 
 
-def _image_and_label(fd: int, sample: list[Member]) -> tuple[Member, int]:
+def _image_and_label(fd: int, sample: list[Member], label: str) -> tuple[Member, int]:
     images = [member for member in sample if member.extension in IMAGE_EXTENSIONS]
-    labels = [member for member in sample if member.extension == "cls"]
+    labels = [member for member in sample if member.extension == label]
     if len(images) != 1:
         raise ValueError(f"{len(images)} images (jpg, jpeg, png or webp), must be 1")
     if len(labels) != 1:
-        raise ValueError(f"{len(labels)} cls labels, must be 1")
+        raise ValueError(f"{len(labels)} {label} labels, must be 1")
     return images[0], _read_label(fd, labels[0])
 
 
