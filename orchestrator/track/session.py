@@ -1,0 +1,155 @@
+"""Starts a W&B run, live or offline, within a bound.
+
+Facts about wandb 0.31 that shape this module: `wandb.init` blocks until the server answers; its service process refuses
+a run id that a failed `init` still holds, so the service is ended before the offline start; a run that cannot upload
+keeps `finish` waiting unless `finish_timeout` is set; and its own telemetry calls the server even from offline runs and
+holds up the exit of the process, so it is turned off.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.config import TrackingConfig
+from orchestrator.track.redact import without_secrets
+
+if TYPE_CHECKING:
+    from wandb import Run, Settings
+
+logger = logging.getLogger(__name__)
+
+UPLOAD_TIMEOUT_S = 15.0
+"""How long wandb's service goes on uploading after the end of a run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    config: TrackingConfig
+    run_folder: Path
+    run_id: str
+    name: str
+    run_config: Mapping[str, Any]
+    on_url: Callable[[str], None] | None
+
+
+def open_online(plan: Plan, finishing: threading.Event) -> Run | None:
+    """The live run, or None after one warning: no credentials, no answer in time, or training is over before it."""
+    import wandb
+
+    opened: list[Run] = []
+    reasons: list[str] = []
+
+    def attempt() -> None:
+        try:
+            wandb.setup(_settings(plan))
+            if wandb.login(prompt=False, verify=False):
+                opened.append(init_run(plan, "online"))
+            else:
+                reasons.append("no API key (run `wandb login` or set WANDB_API_KEY)")
+        except (Exception, SystemExit) as error:
+            reasons.append(first_line(error))
+
+    before = set(_folders(plan))
+    thread = threading.Thread(target=attempt, name="wandb-init", daemon=True)
+    thread.start()
+    _wait_for(thread, plan.config.init_timeout_s, finishing)
+    if opened:
+        return opened[0]
+    logger.warning("W&B is not reachable (%s): this run goes on offline", (reasons or ["no answer in time"])[0])
+    end_service()
+    thread.join(5.0)
+    for folder in set(_folders(plan)) - before:
+        shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def _wait_for(thread: threading.Thread, timeout_s: float, finishing: threading.Event) -> None:
+    """Wait for the live start; a run that ends meanwhile grants it two seconds more."""
+    end = time.monotonic() + timeout_s + 1.0
+    while thread.is_alive() and time.monotonic() < end:
+        thread.join(0.1)
+        if finishing.is_set():
+            end = min(end, time.monotonic() + 2.0)
+            finishing = threading.Event()
+
+
+def end_service() -> None:
+    """End wandb's service: it would refuse the same run id while the failed start still holds it."""
+    import wandb
+
+    try:
+        wandb.teardown()
+    except (Exception, SystemExit) as error:
+        logger.debug("wandb.teardown: %s", error)
+
+
+def turn_telemetry_off() -> None:
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    from wandb.analytics.opentelemetry import opentelemetry_proxy
+
+    opentelemetry_proxy.disable()
+
+
+def _folders(plan: Plan) -> list[Path]:
+    return list((plan.run_folder / "wandb").glob("run-*"))
+
+
+def init_run(plan: Plan, mode: str) -> Run:
+    import wandb
+
+    plan.run_folder.joinpath("wandb").mkdir(parents=True, exist_ok=True)
+    run = wandb.init(
+        mode="online" if mode == "online" else "offline",
+        project=plan.config.project,
+        entity=plan.config.entity,
+        group=plan.config.group,
+        tags=list(plan.config.tags),
+        name=plan.name,
+        id=plan.run_id,
+        resume="allow",
+        reinit="create_new",
+        dir=str(plan.run_folder),
+        config=without_secrets(dict(plan.run_config)),
+        settings=_settings(plan),
+    )
+    run.define_metric("global_step")
+    run.define_metric("*", step_metric="global_step")
+    return run
+
+
+def _settings(plan: Plan) -> Settings:
+    """Quiet, bounded, and nothing about this machine, its command line, packages or code."""
+    import wandb
+
+    return wandb.Settings(
+        init_timeout=plan.config.init_timeout_s,
+        finish_timeout=UPLOAD_TIMEOUT_S,
+        finish_timeout_raises=True,
+        silent=True,
+        quiet=True,
+        console="off",
+        symlink=False,
+        host="",
+        save_code=False,
+        disable_code=True,
+        disable_git=True,
+        disable_job_creation=True,
+        label_disable=True,
+        x_disable_meta=True,
+        x_disable_machine_info=True,
+        x_disable_stats=True,
+        x_disable_viewer=True,
+        x_save_requirements=False,
+    )
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
