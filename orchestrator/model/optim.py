@@ -23,7 +23,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_norm_and_bias:
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, p in named:
-        (free if p.ndim <= 1 or name.endswith(".bias") or name in exempt else decayed).append(p)
+        (free if p.ndim <= 1 or name.rpartition(".")[2] == "bias" or name in exempt else decayed).append(p)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

@@ -178,4 +178,4 @@ def _require_timm_name(typed: str, name: str) -> None:
         )
     known = [TIMM + known for known in _timm_names()] if typed.startswith(TIMM) else known_models()
     close = difflib.get_close_matches(typed, known, n=1, cutoff=0.5)
-    _refuse("name", typed, "no such model", f"{nearest(typed, close or OURS)} Or {TIMM}NAME for any of timm's")
+    _refuse("name", typed, "no such model", f"{nearest(typed, close or OURS)} ({TIMM}NAME takes any of timm's)")

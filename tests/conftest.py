@@ -1,0 +1,18 @@
+"""What tests of several rooms share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images and weights that lies beside the repository or at $ORCHESTRATOR_TEST_DATA."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("ORCHESTRATOR_TEST_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no test data: neither ../shared/data nor $ORCHESTRATOR_TEST_DATA ({folder}) is a folder")
+    return folder
