@@ -6,10 +6,14 @@ Composition and freezing live in `compose.py`; this module imports neither Hydra
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
+from math import isfinite
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, nearest
 
 RUN_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,29}[a-z0-9])?")
 
@@ -154,18 +158,43 @@ class DataConfig:
     """Samples are shuffled across windows of this many shards (0 = all)."""
 
     def __post_init__(self) -> None:
-        _require_range(self, "data", num_workers=(0, 256), prefetch_batches=(1, 64), image_size=(1, 4096),
-                       padding=(0, 4096), flip=(0, 1), eval_resize=(0, 8192), max_pixels=(1, INF), shuffle_shards=(0, INF))
+        _require_range(
+            self,
+            "data",
+            num_workers=(0, 256),
+            prefetch_batches=(1, 64),
+            image_size=(1, 4096),
+            padding=(0, 4096),
+            flip=(0, 1),
+            eval_resize=(0, 8192),
+            max_pixels=(1, INF),
+            shuffle_shards=(0, INF),
+        )
         for field in ("crop_scale", "crop_ratio"):
             pair = getattr(self, field)
-            _require(len(pair) == 2 and 0 < pair[0] <= pair[1], f"data.{field}", pair,
-                     "must be [low, high] with 0 < low <= high", f"e.g. data.{field}=[0.5,1.0]")
+            _require(
+                len(pair) == 2 and 0 < pair[0] <= pair[1],
+                f"data.{field}",
+                pair,
+                "must be [low, high] with 0 < low <= high",
+                f"e.g. data.{field}=[0.5,1.0]",
+            )
         for field in ("mean", "std"):
-            _require(len(getattr(self, field)) == 3, f"data.{field}", getattr(self, field),
-                     "must have one number for each of the 3 channels", f"e.g. data.{field}=[0.5,0.5,0.5]")
+            _require(
+                len(getattr(self, field)) == 3,
+                f"data.{field}",
+                getattr(self, field),
+                "must have one number for each of the 3 channels",
+                f"e.g. data.{field}=[0.5,0.5,0.5]",
+            )
         _require(min(self.std) > 0, "data.std", self.std, "must be above 0", "e.g. data.std=[0.5,0.5,0.5]")
-        _require(self.eval_resize == 0 or self.eval_resize >= self.image_size, "data.eval_resize", self.eval_resize,
-                 f"must be 0 or at least data.image_size = {self.image_size}", f"data.eval_resize={self.image_size}")
+        _require(
+            self.eval_resize == 0 or self.eval_resize >= self.image_size,
+            "data.eval_resize",
+            self.eval_resize,
+            f"must be 0 or at least data.image_size = {self.image_size}",
+            f"data.eval_resize={self.image_size}",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -189,8 +218,13 @@ class ModelConfig:
     """File to start from (.safetensors, .pt, .pth, .th): tensors by name, or in order where all shapes agree."""
 
     def __post_init__(self) -> None:
-        _require(self.num_classes is None or self.num_classes >= 2, "model.num_classes", self.num_classes,
-                 "must be at least 2", "leave it out to take the number of classes from the shards")
+        _require(
+            self.num_classes is None or self.num_classes >= 2,
+            "model.num_classes",
+            self.num_classes,
+            "must be at least 2",
+            "leave it out to take the number of classes from the shards",
+        )
         _require_range(self, "model", drop_path=(0, 0.99), dropout=(0, 0.99))
 
 
@@ -214,10 +248,20 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _require(self.lr > 0, "optimizer.lr", self.lr, "must be above 0", "e.g. optimizer.lr=0.1")
         _require_range(self, "optimizer", momentum=(0, 0.9999), eps=(0, 1), weight_decay=(0, 1))
-        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas,
-                 "must be two numbers in [0, 1)", "optimizer.betas=[0.9,0.999]")
-        _require(self.base_batch_size is None or self.base_batch_size >= 1, "optimizer.base_batch_size",
-                 self.base_batch_size, "must be at least 1", "leave it out to use optimizer.lr as it is")
+        _require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            "optimizer.betas",
+            self.betas,
+            "must be two numbers in [0, 1)",
+            "optimizer.betas=[0.9,0.999]",
+        )
+        _require(
+            self.base_batch_size is None or self.base_batch_size >= 1,
+            "optimizer.base_batch_size",
+            self.base_batch_size,
+            "must be at least 1",
+            "leave it out to use optimizer.lr as it is",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -252,11 +296,28 @@ class RecipeConfig:
     """Per cent, measured with this project, or null."""
 
     def __post_init__(self) -> None:
-        _require_range(self, "recipe", epochs=(1, INF), global_batch_size=(1, INF), accumulate=(1, INF),
-                       warmup_epochs=(0, INF), warmup_factor=(0, 1), final_factor=(0, 1), step_factor=(0, 1),
-                       label_smoothing=(0, 0.99), ema_decay=(0, 1), ema_every_steps=(1, INF), clip_norm=(0, INF))
-        _require(self.warmup_epochs <= self.epochs, "recipe.warmup_epochs", self.warmup_epochs,
-                 f"must not exceed recipe.epochs = {self.epochs}", "shorten the warm-up or train longer")
+        _require_range(
+            self,
+            "recipe",
+            epochs=(1, INF),
+            global_batch_size=(1, INF),
+            accumulate=(1, INF),
+            warmup_epochs=(0, INF),
+            warmup_factor=(0, 1),
+            final_factor=(0, 1),
+            step_factor=(0, 1),
+            label_smoothing=(0, 0.99),
+            ema_decay=(0, 1),
+            ema_every_steps=(1, INF),
+            clip_norm=(0, INF),
+        )
+        _require(
+            self.warmup_epochs <= self.epochs,
+            "recipe.warmup_epochs",
+            self.warmup_epochs,
+            f"must not exceed recipe.epochs = {self.epochs}",
+            "shorten the warm-up or train longer",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -278,8 +339,13 @@ class ComputeConfig:
 
     def __post_init__(self) -> None:
         number = self.num_processes
-        _require(number == "auto" or (number.isdecimal() and int(number) >= 1), "compute.num_processes", number,
-                 "must be a number from 1 up, or auto", "compute.num_processes=2")
+        _require(
+            number == "auto" or (number.isdecimal() and int(number) >= 1),
+            "compute.num_processes",
+            number,
+            "must be a number from 1 up, or auto",
+            "compute.num_processes=2",
+        )
         _require_range(self, "compute", threads_per_process=(1, 1024), master_port=(0, 65535))
 
 
@@ -355,29 +421,129 @@ class RunConfig:
     tracking: TrackingConfig
 
     def __post_init__(self) -> None:
-        _require(RUN_NAME.fullmatch(self.name) is not None, "name", self.name,
-                 "must be 1 to 31 characters of a-z, 0-9 and inner hyphens", "e.g. name=resnet50-baseline")
+        _require(
+            RUN_NAME.fullmatch(self.name) is not None,
+            "name",
+            self.name,
+            "must be 1 to 31 characters of a-z, 0-9 and inner hyphens",
+            "e.g. name=resnet50-baseline",
+        )
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must be between 0 and 2^63 - 1", "seed=0")
-        _require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "must be at least 1",
-                 "leave it out to train recipe.epochs epochs")
-        _require(self.eval_batch_size >= 1, "eval_batch_size", self.eval_batch_size, "must be at least 1",
-                 "e.g. eval_batch_size=64")
+        _require(
+            self.max_steps is None or self.max_steps >= 1,
+            "max_steps",
+            self.max_steps,
+            "must be at least 1",
+            "leave it out to train recipe.epochs epochs",
+        )
+        _require(
+            self.eval_batch_size >= 1,
+            "eval_batch_size",
+            self.eval_batch_size,
+            "must be at least 1",
+            "e.g. eval_batch_size=64",
+        )
         self._require_batch_fits()
 
     def _require_batch_fits(self) -> None:
         number, batch = self.compute.num_processes, self.recipe.global_batch_size
         processes = int(number) if number.isdecimal() else 1
-        _require(batch >= processes, "recipe.global_batch_size", batch,
-                 f"must be at least compute.num_processes = {processes}, or some process has no image in a step",
-                 f"recipe.global_batch_size={processes} or compute.num_processes={batch}")
-        _require(batch >= processes * self.recipe.accumulate, "recipe.accumulate", self.recipe.accumulate,
-                 f"cuts {batch} images of {processes} processes into parts without an image",
-                 f"recipe.accumulate={max(1, batch // processes)}")
+        _require(
+            batch >= processes,
+            "recipe.global_batch_size",
+            batch,
+            f"must be at least compute.num_processes = {processes}, or some process has no image in a step",
+            f"recipe.global_batch_size={processes} or compute.num_processes={batch}",
+        )
+        _require(
+            batch >= processes * self.recipe.accumulate,
+            "recipe.accumulate",
+            self.recipe.accumulate,
+            f"cuts {batch} images of {processes} processes into parts without an image",
+            f"recipe.accumulate={max(1, batch // processes)}",
+        )
 
 
 GROUPS = ("data", "model", "optimizer", "recipe", "compute", "cluster", "checkpointing", "tracking")
 
-MAY_CHANGE = ("cluster", "tracking", "checkpointing", "runs_dir", "data_dir", "data.train", "data.val",
-              "data.num_workers", "data.prefetch_batches", "compute.num_processes", "compute.device",
-              "compute.threads_per_process", "compute.master_port", "eval_batch_size")
-"""Keys that may differ between the attempts of a run: they are left out of its id. Shards are known by their digest instead of their place."""
+MAY_CHANGE = (
+    "cluster",
+    "tracking",
+    "checkpointing",
+    "runs_dir",
+    "data_dir",
+    "eval_batch_size",
+    "data.num_workers",
+    "data.prefetch_batches",
+    "compute.num_processes",
+    "compute.device",
+    "compute.threads_per_process",
+    "compute.master_port",
+)
+"""Keys that may differ between the attempts of a run: they are left out of its id."""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain JSON values of a config dataclass; enums by name."""
+    plain = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            value = to_dict(value)
+        plain[field.name] = value.name if isinstance(value, Enum) else value
+    return plain
+
+
+def from_dict(values: Mapping[str, Any], kind: type[Any] = RunConfig, prefix: str = "") -> Any:
+    """The config dataclass of plain values, every rule checked.
+
+    Raises ConfigError for a key that is unknown, missing or of another type.
+    """
+    hints = get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            raise ConfigError(prefix + key, values[key], "is not a key of the config", nearest(key, hints))
+    arguments = {}
+    for key, hint in hints.items():
+        if key not in values:
+            raise ConfigError(prefix + key, "(missing)", "must be set", f"add {prefix}{key}=...")
+        arguments[key] = _typed(values[key], hint, prefix + key)
+    return kind(**arguments)
+
+
+def _typed(value: Any, hint: Any, key: str) -> Any:
+    if is_dataclass(hint):
+        return from_dict(value, hint, key + ".")  # pyright: ignore[reportArgumentType]
+    if isinstance(hint, UnionType):
+        if value is None:
+            return None
+        hint = get_args(hint)[0]
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return _member(value, hint, key)
+    if get_origin(hint) is list:
+        if not isinstance(value, list):
+            raise ConfigError(key, value, "must be a list", f"e.g. {key}=[1,2]")
+        return [_typed(item, get_args(hint)[0], key) for item in value]
+    return _scalar(value, hint, key)
+
+
+def _member(value: Any, kind: type[Enum], key: str) -> Enum:
+    name = value.name if isinstance(value, Enum) else str(value)
+    if name not in kind.__members__:
+        rule = f"must be one of {', '.join(kind.__members__)}"
+        raise ConfigError(key, value, rule, nearest(name, kind.__members__))
+    return kind[name]
+
+
+def _scalar(value: Any, kind: type, key: str) -> Any:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float and is_number and isfinite(value):
+        return float(value)
+    if kind is int and is_number and value == int(value):
+        return int(value)
+    if kind is str and is_number:
+        return str(value)
+    if kind in (bool, str) and isinstance(value, kind):
+        return value
+    raise ConfigError(key, value, f"must be {names[kind]}", f"give {key} {names[kind]}")

@@ -1,0 +1,139 @@
+"""The frozen bundle of a run: composed once by whoever submits it, loaded by every rank and attempt."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.compose import Composed
+from orchestrator.config import MAY_CHANGE, RunConfig, from_dict, to_dict
+from orchestrator.errors import UserError
+from orchestrator.files import read_json, write_json
+
+SCHEMA = 1
+RECORDED_PACKAGES = (
+    "torch", "torchvision", "pytorch-lightning", "hydra-core", "omegaconf", "webdataset", "timm", "wandb", "ray",
+    "numpy", "pillow", "safetensors",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """Everything that decides a run, and what it was made with."""
+
+    run_id: str
+    config: RunConfig
+    config_hash: str
+    overrides: tuple[str, ...]
+    sources: dict[str, str]
+    code_digest: str
+    lock_digest: str | None
+    versions: dict[str, str]
+    git: dict[str, Any] | None
+    machine: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.runs_dir) / self.run_id
+
+
+def freeze(composed: Composed) -> Bundle:
+    """Freeze a composed config together with the identity of the code and its environment."""
+    plain = to_dict(composed.config)
+    code = Path(__file__).parent
+    return Bundle(
+        run_id=run_id(composed.config),
+        config=composed.config,
+        config_hash=_hash_json(plain),
+        overrides=composed.overrides,
+        sources=composed.sources,
+        code_digest=_code_digest(code),
+        lock_digest=_file_digest(code.parent / "requirements.lock"),
+        versions=_versions(),
+        git=_git_state(code.parent),
+        machine={"system": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()},
+    )
+
+
+def run_id(config: RunConfig) -> str:
+    """``name-XXXXXXXX`` from the content of the config without the keys that may change between attempts."""
+    plain = to_dict(config)
+    for key in MAY_CHANGE:
+        *path, last = key.split(".")
+        node = plain
+        for part in path:
+            node = node[part]
+        node.pop(last)
+    return f"{config.name}-{_hash_json(plain)[:8]}"
+
+
+def write_bundle(bundle: Bundle, path: Path, data: Mapping[str, Any]) -> None:
+    """Write ``run.json`` atomically; `data` identifies the shard sets by split."""
+    facts = {**asdict(bundle), "config": to_dict(bundle.config)}
+    write_json(path, {"schema": SCHEMA, "name": bundle.config.name, **facts, "data": data})
+
+
+def load_bundle(path: Path) -> Bundle:
+    """Read ``run.json``; the config is checked again and must still have its hash."""
+    content = read_json(path)
+    if content.get("schema") != SCHEMA:
+        raise UserError(
+            f"{path} has schema {content.get('schema')}, this version reads {SCHEMA}. Way out: submit again"
+        )
+    config = from_dict(content["config"])
+    if _hash_json(to_dict(config)) != content["config_hash"]:
+        raise UserError(f"{path} was edited: its config no longer has the hash {content['config_hash'][:12]}. "
+                        "Way out: give the change as key=value to a new run")  # fmt: skip
+    names = Bundle.__dataclass_fields__
+    fields = {key: value for key, value in content.items() if key in names}
+    return Bundle(**{**fields, "config": config, "overrides": tuple(content["overrides"])})
+
+
+def _hash_json(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _code_digest(package: Path) -> str:
+    """sha256 over names and bytes of the package's sources."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package)}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def _file_digest(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "missing"
+    return versions
+
+
+def _git_state(folder: Path) -> dict[str, Any] | None:
+    if not (folder / ".git").exists():
+        return None
+    try:
+        commit, branch, changes = (
+            subprocess.run(
+                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=5, check=True
+            )
+            for arguments in (("rev-parse", "HEAD"), ("rev-parse", "--abbrev-ref", "HEAD"), ("status", "--porcelain"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.stdout.strip(), "branch": branch.stdout.strip(), "dirty": bool(changes.stdout.strip())}

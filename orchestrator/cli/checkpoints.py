@@ -1,0 +1,5 @@
+"""Verbs on checkpoints: evaluate, predict."""
+from typing import Any
+
+
+def add_to(subparsers: Any) -> None: ...

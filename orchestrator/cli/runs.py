@@ -1,0 +1,182 @@
+"""Verbs that start runs: train."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.cli.console import note, print_json
+from orchestrator.errors import EXIT_DONE
+
+if TYPE_CHECKING:
+    from orchestrator.bundle import Bundle
+    from orchestrator.cluster.local import Ended
+
+EPILOG = """examples:
+  orchestrator train experiment=quickstart
+  orchestrator train data=cifar10 model=cifar_resnet20 recipe.epochs=20 compute.num_processes=2 tracking=online
+
+The same command again resumes the run, or says that it is finished."""
+
+
+def add_to(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "train",
+        help="train a model, or go on where the same run stopped",
+        usage="orchestrator train [group=choice ...] [key=value ...] [--flag]",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_config_flags(parser)
+    parser.add_argument("--cfg", action="store_true", help="print the composed config with the source of each value, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print exactly what would run, and stop")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(run=train, takes_overrides=True)
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config-dir", type=Path, action="append", default=[], metavar="DIR", help="folder with your own config groups"
+    )
+
+
+def train(args: argparse.Namespace) -> int:
+    began = time.time()
+    if not (args.cfg or args.dry_run):
+        from orchestrator.cluster import local
+
+        local.warm_up()
+    from orchestrator.compose import compose, render
+
+    composed = compose(args.overrides, args.config_dir)
+    if args.cfg:
+        print(render(composed))
+        return EXIT_DONE
+    from orchestrator.bundle import freeze
+
+    bundle = freeze(composed)
+    if args.dry_run:
+        return _dry_run(bundle, args.json)
+    return _launch(bundle, args.json, began)
+
+
+def _dry_run(bundle: Bundle, as_json: bool) -> int:
+    from orchestrator.cluster.local import num_processes
+    from orchestrator.train.preflight import open_sets, total_steps
+
+    config, sets = bundle.config, open_sets(bundle.config)
+    plan = sets.plan(config)
+    processes = num_processes(config.compute)
+    plan.require_fits(processes, config.recipe.accumulate)
+    facts = {
+        "run_id": bundle.run_id,
+        "folder": str(bundle.folder),
+        "cluster": config.cluster.kind.name,
+        "command": f"torchrun --nproc-per-node {processes} -m jobs.train {bundle.folder}/run.json",
+        "processes": processes,
+        "model": config.model.name,
+        "classes": sets.num_classes,
+        "train_samples": sets.train.num_samples,
+        "val_samples": sets.val.num_samples,
+        "global_batch_size": config.recipe.global_batch_size,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "total_steps": total_steps(config, plan.steps_per_epoch),
+        "tracking": config.tracking.mode.name,
+        "state": _state(bundle),
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        print("\n".join(f"{name:<18} {value}" for name, value in facts.items()))
+    return EXIT_DONE
+
+
+def _state(bundle: Bundle) -> str:
+    path = bundle.folder / "result.json"
+    if not path.exists():
+        return "new"
+    result = json.loads(path.read_text())
+    return "already finished" if result["state"] == "done" else f"would resume after step {result['step']}"
+
+
+def _launch(bundle: Bundle, as_json: bool, began: float) -> int:
+    from orchestrator.bundle import write_bundle
+    from orchestrator.cluster.lock import only_writer
+    from orchestrator.train.preflight import open_sets
+
+    sets = open_sets(bundle.config)
+    with only_writer(bundle.folder):
+        if _state(bundle) == "already finished":
+            note(f"run {bundle.run_id} is already finished; another seed or name starts a new one")
+            _show(bundle, as_json, None)
+            return EXIT_DONE
+        _warn_of_other_code(bundle)
+        write_bundle(bundle, bundle.folder / "run.json", sets.facts())
+        ended = _run(bundle)
+    _conclude(bundle, ended)
+    _show(bundle, as_json, time.time() - began)
+    if ended.error:
+        _tell_cause(bundle, ended)
+    return ended.exit_code
+
+
+def _run(bundle: Bundle) -> Ended:
+    from jobs.train import rank
+    from orchestrator.cluster.local import num_processes, run_attempts
+
+    sets_line = f"{bundle.config.model.name} on {bundle.config.data.name}, {num_processes(bundle.config.compute)} processes"
+    note(f"run {bundle.run_id}: {sets_line}, tracking {bundle.config.tracking.mode.name}")
+    return run_attempts(bundle, rank, (str(bundle.folder / "run.json"),))
+
+
+def _warn_of_other_code(bundle: Bundle) -> None:
+    path = bundle.folder / "run.json"
+    if path.exists():
+        earlier = json.loads(path.read_text())["code_digest"]
+        if earlier != bundle.code_digest:
+            note(f"warning: this run was started by other code ({earlier[:12]}, now {bundle.code_digest[:12]})")
+
+
+def _conclude(bundle: Bundle, ended: Ended) -> None:
+    """What only the launcher can write: a failed result, and the report of whatever came out."""
+    from orchestrator.track.report import write_report
+    from orchestrator.train.outcome import record_failure
+
+    if ended.error:
+        record_failure(bundle, ended.exit_code, ended.rank, ended.error)
+    write_report(bundle.folder)
+
+
+def _show(bundle: Bundle, as_json: bool, seconds: float | None) -> None:
+    result = json.loads((bundle.folder / "result.json").read_text())
+    if as_json:
+        print_json(result)
+        return
+    accuracy = result["metrics"].get("val/acc1")
+    if accuracy:
+        print(f"top-1       {accuracy['value']:.2%} ({accuracy['hits']}/{accuracy['count']})")
+    print(f"state       {result['state']}, step {result['step']}" + (f", {seconds:.0f} s" if seconds else ""))
+    for name, path in places(bundle, result).items():
+        print(f"{name:<11} {path}")
+
+
+def places(bundle: Bundle, result: dict[str, Any]) -> dict[str, str]:
+    """Where a person finds what the run left."""
+    found = {"checkpoint": result.get("best") or result.get("last"), "report": str(bundle.folder / "report.html")}
+    mirrors = sorted((bundle.folder / "wandb").glob("*run-*"))
+    if mirrors:
+        found["W&B run"] = f"{mirrors[-1]}  (wandb sync uploads it)" if "offline" in mirrors[-1].name else str(mirrors[-1])
+    return {name: path for name, path in found.items() if path}
+
+
+def _tell_cause(bundle: Bundle, ended: Ended) -> None:
+    """The first true cause, last."""
+    if ended.traceback:
+        note(ended.traceback.rstrip())
+    where = f"rank {ended.rank}: " if ended.rank is not None else ""
+    note(f"error: {where}{ended.error}")
+    if ended.traceback:
+        note(f"all output: {bundle.folder}/logs")

@@ -1,0 +1,59 @@
+"""A job started by torchrun or alone, without our launcher: the first rank freezes the bundle, the others load it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch.distributed as dist
+
+from orchestrator.bundle import Bundle, freeze, load_bundle, write_bundle
+from orchestrator.cluster.local import next_attempt
+from orchestrator.cluster.lock import only_writer
+from orchestrator.compose import compose
+from orchestrator.errors import OrchestratorError
+from orchestrator.train.preflight import open_sets
+from orchestrator.world import World, read_world
+
+RankEntry = Callable[[str, int, float], None]
+
+
+def run_by_hand(arguments: Sequence[str], entry: RankEntry, began: float) -> int:
+    """Run one rank of a job given as RUN.json or as overrides; returns its exit code."""
+    with ExitStack() as held:
+        try:
+            world = read_world()
+            path, attempt = _agree(arguments, world, held)
+        except OrchestratorError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        entry(path, attempt, began)
+    return 0
+
+
+def _agree(arguments: Sequence[str], world: World, held: ExitStack) -> tuple[str, int]:
+    """The bundle's path and the attempt's number, decided by the first rank."""
+    if world.world_size == 1:
+        return _decide(arguments, held)
+    store, _, _ = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"by_hand_{world.attempt}", store)
+    if world.is_first:
+        path, attempt = _decide(arguments, held)
+        store.set("bundle", f"{attempt} {path}")
+    attempt, _, path = store.get("bundle").decode().partition(" ")
+    return path, int(attempt)
+
+
+def _decide(arguments: Sequence[str], held: ExitStack) -> tuple[str, int]:
+    bundle = _bundle(arguments)
+    held.enter_context(only_writer(bundle.folder))
+    write_bundle(bundle, bundle.folder / "run.json", open_sets(bundle.config).facts())
+    return str(bundle.folder / "run.json"), next_attempt(bundle.folder)
+
+
+def _bundle(arguments: Sequence[str]) -> Bundle:
+    if len(arguments) == 1 and arguments[0].endswith(".json"):
+        return load_bundle(Path(arguments[0]))
+    return freeze(compose(arguments))

@@ -1,0 +1,204 @@
+"""Composition: overrides and the files of `conf/` become one typed config; the only importer of Hydra and OmegaConf."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_type_hints
+
+from orchestrator.config import GROUPS, RunConfig, from_dict
+from orchestrator.errors import ConfigError, UserError, nearest
+
+ROOT_FILE = "config"
+CHOICES = (*GROUPS, "experiment")
+OVERRIDE = "override"
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """A checked config, the overrides that made it, and per dotted key the file (or `override`) its value came from."""
+
+    config: RunConfig
+    overrides: tuple[str, ...]
+    sources: dict[str, str]
+
+
+def conf_dir() -> Path:
+    """The project's own `conf/`: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> Composed:
+    """Compose and check the config of a run.
+
+    Raises ConfigError for anything that a user can mistype: grammar, key, group, choice, type, rule.
+    """
+    search = [conf_dir(), *(_existing(folder) for folder in config_dirs)]
+    for override in _parse(overrides):
+        _check_override(override, search)
+    plain, sources = _compose_plain(list(overrides), search)
+    return Composed(from_dict(plain), tuple(overrides), sources)
+
+
+def choices(group: str, search: Sequence[Path]) -> list[str]:
+    """Names of a group's files, the user's own included."""
+    return sorted({path.stem for folder in search for path in (folder / group).glob("*.yaml")} - {"defaults"})
+
+
+def _existing(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise ConfigError(
+            "--config-dir", folder, "is not a folder", "name a folder with groups such as model/mine.yaml"
+        )
+    return folder.resolve()
+
+
+def _parse(overrides: Sequence[str]) -> list[Any]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(text))
+        except HydraException as error:
+            reason = str(error).splitlines()[0]
+            way_out = "write key=value; quote what the shell or Hydra would take apart: 'key=\"a b\"'"
+            raise ConfigError("override", text, f"cannot be read ({reason})", way_out) from None
+    return parsed
+
+
+def _check_override(override: Any, search: Sequence[Path]) -> None:
+    key = override.key_or_group
+    if override.is_delete() or override.package is not None:
+        raise ConfigError(key, override.input_line, "only key=value is taken", f"write {key}=VALUE")
+    if override.is_sweep_override():
+        raise ConfigError(
+            key,
+            override.input_line.partition("=")[2],
+            "names several values, and this command runs one",
+            f"give {key} one value",
+        )
+    if key in CHOICES:
+        _check_choice(key, str(override.value()), search)
+    else:
+        _check_key(key, override.value())
+
+
+def _check_choice(group: str, choice: str, search: Sequence[Path]) -> None:
+    known = choices(group, search)
+    if choice not in known and not (group == "experiment" and choice == "None"):
+        raise ConfigError(group, choice, f"is no file of conf/{group}/", nearest(choice, known))
+
+
+def _check_key(key: str, value: Any) -> None:
+    kind: Any = RunConfig
+    parts = key.split(".")
+    for i, part in enumerate(parts):
+        hints = get_type_hints(kind) if is_dataclass(kind) else {}
+        if part not in hints:
+            whole = [".".join([*parts[:i], name]) for name in hints] + ([] if i else list(CHOICES))
+            hint = nearest(key, whole or leaf_keys())
+            raise ConfigError(key, value, "is not a key of the config", f"{hint} (orchestrator train --cfg lists all)")
+        kind = hints[part]
+    if is_dataclass(kind):
+        raise ConfigError(
+            key, value, "is a whole group", f"set one of its keys, such as {key}.{next(iter(get_type_hints(kind)))}"
+        )
+
+
+def leaf_keys(kind: Any = RunConfig, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema."""
+    keys = []
+    for name, hint in get_type_hints(kind).items():
+        plain = get_args(hint)[0] if isinstance(hint, UnionType) else hint
+        keys += leaf_keys(plain, f"{prefix}{name}.") if is_dataclass(plain) else [prefix + name]
+    return keys
+
+
+def _compose_plain(overrides: list[str], search: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    extra = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in search[1:])}]"] if search[1:] else []
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(search[0]), version_base="1.3"):
+            config = hydra.compose(ROOT_FILE, overrides=overrides + extra)
+            loader = GlobalHydra.instance().config_loader()
+            order = loader.compute_defaults_list(ROOT_FILE, overrides + extra, RunMode.RUN).defaults
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"{' '.join(overrides)}: {str(error).strip()}") from None
+    return dict(plain), _sources(order, overrides, search)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def _sources(order: Sequence[Any], overrides: Sequence[str], search: Sequence[Path]) -> dict[str, str]:
+    """Dotted key → the file that had the last word, in the order in which Hydra merges files."""
+    sources: dict[str, str] = {}
+    for default in order:
+        path = _file_of(default.config_path, search)
+        if path is not None:
+            shown = str(path) if search[0] not in path.parents else f"conf/{path.relative_to(search[0])}"
+            prefix = f"{default.package}." if default.package else ""
+            sources.update(dict.fromkeys(_keys_of(path, prefix), shown))
+    for text in overrides:
+        key = text.lstrip("+").split("=", 1)[0]
+        if key not in CHOICES:
+            sources[key] = OVERRIDE
+    return sources
+
+
+def _file_of(config_path: str | None, search: Sequence[Path]) -> Path | None:
+    if config_path is None or config_path.startswith("hydra/"):
+        return None
+    found = (folder / f"{config_path}.yaml" for folder in search)
+    return next((path for path in found if path.is_file()), None)
+
+
+def _keys_of(path: Path, prefix: str) -> Iterator[str]:
+    from omegaconf import DictConfig, OmegaConf
+
+    content = OmegaConf.load(path)
+    assert isinstance(content, DictConfig)
+    content.pop("defaults", None)
+    yield from flatten(OmegaConf.to_container(content), prefix)  # pyright: ignore[reportArgumentType]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def render(composed: Composed) -> str:
+    """The config as YAML, each value with the file it came from in a comment."""
+    from omegaconf import OmegaConf
+
+    from orchestrator.config import to_dict
+
+    lines = OmegaConf.to_yaml(OmegaConf.create(to_dict(composed.config))).splitlines()
+    width = min(64, max(len(line) for line in lines))
+    shown, group = [], ""
+    for line in lines:
+        name = line.strip().split(":", 1)[0]
+        if not line.startswith((" ", "-")):
+            group = name
+        key = name if not line.startswith(" ") else f"{group}.{name}"
+        source = composed.sources.get(key)
+        shown.append(f"{line:<{width}}  # {source}" if source else line)
+    return "\n".join(shown)

@@ -1,0 +1,111 @@
+"""The LightningModule over a network: uint8 batches in, a loss out that makes gradients independent of the world size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from orchestrator.config import RunConfig
+from orchestrator.model.optim import build_optimizer, learning_rate_factor, peak_lr
+
+TOP_K = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a fit stands in its run: the arithmetic that Lightning's trainer must not be asked for."""
+
+    first_step: int
+    total_steps: int
+    steps_per_epoch: int
+    rank: int
+    world_size: int
+
+
+class Normalise(nn.Module):
+    """uint8 pixels to the network's floats, on the device of the batch."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, mean: list[float], std: list[float], channels_last: bool):
+        super().__init__()
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:  # (B, 3, S, S) uint8 -> float32
+        return images.to(torch.float32).sub_(self.mean).div_(self.std).contiguous(memory_format=self._format)
+
+
+@torch.no_grad()
+def count_hits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which rows have their label first, and which among the first five: two (B,) bool."""
+    top = logits.topk(min(TOP_K, logits.shape[1]), dim=1).indices == labels[:, None]
+    return top[:, 0], top.any(dim=1)
+
+
+class Classifier(pl.LightningModule):
+    """Training of an image classifier. Gradients are weighted by count, so slices of a step may differ in size."""
+
+    def __init__(self, net: nn.Module, config: RunConfig, span: Span):
+        super().__init__()
+        self.net = net
+        self.normalise = Normalise(config.data.mean, config.data.std, config.compute.channels_last)
+        self.config, self.span = config, span
+        self.step = span.first_step
+        self.peak_lr = peak_lr(config.optimizer, config.recipe.global_batch_size)
+        self._tally = torch.zeros(4, dtype=torch.float64)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        logits = self.net(self.normalise(batch.images))
+        smoothing = self.config.recipe.label_smoothing
+        losses = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=smoothing)
+        weights = (batch.ids >= 0).to(losses.dtype)
+        loss = (losses * weights).sum()
+        self._count(loss, logits, batch.labels, weights)
+        # DDP divides by the ranks and Lightning by the parts of a step; the step's mean is wanted.
+        return loss * (self.span.world_size * self.config.recipe.accumulate / batch.step_size)
+
+    @torch.no_grad()
+    def _count(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> None:
+        first, among = count_hits(logits, labels)
+        sums = torch.stack([loss, (first * weights).sum(), (among * weights).sum(), weights.sum()])
+        self._tally = self._tally.to(sums.device) + sums.detach()
+
+    def take_tally(self) -> torch.Tensor:
+        """Sums since the last call on this rank: (4,) float64 of loss, top-1 hits, top-5 hits, samples."""
+        tally, self._tally = self._tally, torch.zeros_like(self._tally)
+        return tally
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Dropout and its like draw from (seed, unit of work, rank): no random state needs to be carried along."""
+        unit = self.span.first_step * self.config.recipe.accumulate + batch_idx
+        key = f"{self.config.seed}:{unit}:{self.span.rank}".encode()
+        torch.manual_seed(int.from_bytes(blake2b(key, digest_size=8).digest(), "little") >> 1)
+
+    def configure_optimizers(self) -> Optimizer:
+        return build_optimizer(self.config.optimizer, self.net, self.peak_lr)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the coming step."""
+        span = self.span
+        factor = learning_rate_factor(self.config.recipe, self.step, span.steps_per_epoch, span.total_steps)
+        return self.peak_lr * factor
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.step += 1

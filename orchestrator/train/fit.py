@@ -1,0 +1,317 @@
+"""One attempt of one run on one rank: the one place where data, model, checkpoints, signals and records meet."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import IO, Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.plugins.environments import ClusterEnvironment
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import nn
+
+from orchestrator.bundle import Bundle
+from orchestrator.config import Precision, RunConfig, to_dict
+from orchestrator.data.order import EvalPlan, TrainPlan
+from orchestrator.data.stream import Split, eval_loader, train_loader
+from orchestrator.data.transforms import preprocessing_of
+from orchestrator.errors import CheckpointError, ConfigError, StopRequested
+from orchestrator.files import read_json, write_json
+from orchestrator.model.ema import ExponentialMovingAverage
+from orchestrator.model.module import Classifier, Span
+from orchestrator.model.weights import load_weights
+from orchestrator.model.zoo import build_model
+from orchestrator.track import wandb
+from orchestrator.track.wandb import NullTracker, Tracker
+from orchestrator.train import checkpoint
+from orchestrator.train.checkpoint import Checkpoint, TrainState
+from orchestrator.train.evaluate import Evaluation, evaluate
+from orchestrator.train.ledger import Ledger, PhaseClock
+from orchestrator.train.loop import Parts, StepBorder
+from orchestrator.train.outcome import Recorder, evaluation_record, mirror_result, save_samples
+from orchestrator.train.preflight import Sets, class_names, open_sets, total_steps
+from orchestrator.train.process import Rank, choose_device, join_group, prepare_arithmetic
+from orchestrator.train.progress import Progress, open_progress
+from orchestrator.train.signals import StopFlag
+from orchestrator.world import World
+
+STOP_MIRROR_S = 5.0
+"""What W&B may cost when the run was asked to stop."""
+PRECISIONS = {Precision.fp32: "32-true", Precision.bf16: "bf16-mixed", Precision.fp16: "16-mixed"}
+
+
+class GivenWorld(ClusterEnvironment):
+    """Tells Lightning which process this is, so that it looks at no environment variable of any scheduler."""
+
+    def __init__(self, world: World):
+        super().__init__()
+        self._world = world
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    def main_address(self) -> str:
+        return self._world.master_addr
+
+    @property
+    def main_port(self) -> int:
+        return self._world.master_port
+
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+    def world_size(self) -> int:
+        return self._world.world_size
+
+    def global_rank(self) -> int:
+        return self._world.rank
+
+    def local_rank(self) -> int:
+        return self._world.local_rank
+
+    def node_rank(self) -> int:
+        return self._world.rank // self._world.local_world_size
+
+    def set_world_size(self, size: int) -> None: ...
+
+    def set_global_rank(self, rank: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What an attempt is made of before anything is computed."""
+
+    bundle: Bundle
+    rank: Rank
+    sets: Sets
+    plan: TrainPlan
+    span: Span
+
+    @property
+    def config(self) -> RunConfig:
+        return self.bundle.config
+
+
+def fit(bundle: Bundle, world: World, attempt: int, began: float, terminal: IO[str]) -> None:
+    """Train, from the newest checkpoint on, to the end or to a request to stop.
+
+    `began` is the time.time() at which the attempt started. Raises StopRequested after saving, OrchestratorError
+    for what a user or the machine must mend.
+    """
+    clock = PhaseClock(began)
+    clock.add("import", time.time() - began)
+    flag = StopFlag()
+    flag.listen()
+    with clock.phase("start"):
+        device = choose_device(bundle.config.compute, world)
+        require_precision(bundle.config, device)
+        prepare_arithmetic(bundle.config.compute, device)
+        rank = Rank(world, device, attempt, terminal, join_group(world, device))
+        flag.join(rank.control)
+        job, parts, resumed = _assemble(bundle, rank, clock, flag)
+    try:
+        _train(job, parts, resumed)
+    finally:
+        parts.progress.stop()
+        parts.ledger.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def require_precision(config: RunConfig, device: torch.device) -> None:
+    """Refuse arithmetic that the device cannot do."""
+    precision = config.compute.precision
+    if precision is Precision.fp16 and device.type == "cpu":
+        raise ConfigError("compute.precision", "fp16", "needs a GPU", "compute.precision=bf16 or fp32")
+    if precision is Precision.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("compute.precision", "bf16", "this GPU has no bf16", "compute.precision=fp16")
+
+
+def _assemble(bundle: Bundle, rank: Rank, clock: PhaseClock, flag: StopFlag) -> tuple[Job, Parts, TrainState | None]:
+    config, world = bundle.config, rank.world
+    sets = open_sets(config)
+    plan = sets.plan(config)
+    plan.require_fits(world.world_size, config.recipe.accumulate)
+    found = _resume_point(bundle, rank, sets)
+    steps = total_steps(config, plan.steps_per_epoch)
+    span = Span(found.step if found else 0, steps, plan.steps_per_epoch, world.rank, world.world_size)
+    job = Job(bundle, rank, sets, plan, span)
+    net = build_net(config, sets.num_classes, rank.device)
+    ema = ExponentialMovingAverage(net, config.recipe.ema_decay) if config.recipe.ema_decay else None
+    state = found.load_state() if found else None
+    if state is not None:
+        net.load_state_dict(state.model)
+        if ema is not None and state.ema is not None:
+            ema.load_state_dict(state.ema)
+    module = Classifier(net, config, span)
+    return job, _wire(job, module, ema, clock, flag), state
+
+
+def build_net(config: RunConfig, num_classes: int, device: torch.device) -> nn.Module:
+    """The network with its first weights, the same on every rank."""
+    torch.manual_seed(config.seed)
+    net = build_model(config.model, num_classes)
+    if config.model.weights:
+        load_weights(config.model.weights, net, replace_head=True)
+    net.to(device)
+    if config.compute.channels_last:
+        net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if config.compute.compile:
+        net.compile()
+    return net
+
+
+def _resume_point(bundle: Bundle, rank: Rank, sets: Sets) -> Checkpoint | None:
+    """The newest whole checkpoint; the first rank chooses and verifies, the others follow."""
+    root = bundle.folder / "checkpoints"
+    chosen = checkpoint.newest(root) if rank.world.is_first else None
+    step = torch.tensor([chosen.step if chosen else -1])
+    if rank.control is not None:
+        dist.broadcast(step, 0, group=rank.control)
+    if int(step) < 0:
+        return None
+    found = chosen or checkpoint.read_checkpoint(root / checkpoint.step_folder(int(step)))
+    if found.manifest["data_digest"] != sets.train.digest:
+        raise CheckpointError(
+            f"{found.folder} was trained on other shards than {sets.train.location} (digest "
+            f"{found.manifest['data_digest'][:12]}, now {sets.train.digest[:12]}). Way out: put the shards back, "
+            "or start another run with name=..."
+        )
+    return found
+
+
+def _wire(
+    job: Job, module: Classifier, ema: ExponentialMovingAverage | None, clock: PhaseClock, flag: StopFlag
+) -> Parts:
+    config, rank, span, sets = job.config, job.rank, job.span, job.sets
+    world, pin = rank.world, rank.device.type == "cuda"
+    train = Split(sets.train, config.data, config.seed, sets.num_classes, world.rank, world.world_size)
+    steps = range(span.first_step, span.total_steps)
+    folder = job.bundle.folder
+    progress = open_progress(rank.terminal) if world.is_first else Progress()
+    recorder = Recorder(job.bundle, rank, clock, sets.train.digest, span.steps_per_epoch)
+    return Parts(
+        module=module,
+        ema=ema,
+        loader=train_loader(job.plan, train, config.recipe.accumulate, steps, pin),
+        evaluate=partial(_evaluate, job, module, ema),
+        ledger=Ledger(folder, world.rank, rank.attempt),
+        tracker=_open_tracker(job, progress) if world.is_first else NullTracker(),
+        progress=progress,
+        clock=clock,
+        flag=flag,
+        checkpoints=folder / "checkpoints",
+        manifest=_manifest(job),
+        recorder=recorder if world.is_first else None,
+    )
+
+
+def _open_tracker(job: Job, progress: Progress) -> Tracker:
+    bundle, config = job.bundle, job.config
+    facts = {
+        **to_dict(config),
+        "run_id": bundle.run_id,
+        "config_hash": bundle.config_hash,
+        "data_digests": job.sets.facts(),
+    }
+    return wandb.start(
+        config.tracking, bundle.folder, bundle.run_id, config.name, facts, lambda url: progress.say(f"W&B run: {url}")
+    )
+
+
+def _evaluate(job: Job, module: Classifier, ema: ExponentialMovingAverage | None) -> Evaluation:
+    config, world = job.config, job.rank.world
+    plan = EvalPlan(job.sets.val.num_samples, config.eval_batch_size, world.world_size)
+    split = Split(job.sets.val, config.data, config.seed, job.sets.num_classes, world.rank, world.world_size)
+    net = ema.module if ema is not None else module.net
+    batches = eval_loader(plan, split, job.rank.device.type == "cuda")
+    return evaluate(net, module.normalise, batches, job.sets.num_classes)
+
+
+def _manifest(job: Job) -> dict[str, Any]:
+    config, sets = job.config, job.sets
+    return {
+        "run_id": job.bundle.run_id,
+        "attempt": job.rank.attempt,
+        "world_size": job.rank.world.world_size,
+        "config_hash": job.bundle.config_hash,
+        "code_digest": job.bundle.code_digest,
+        "data_digest": sets.train.digest,
+        "model": {**to_dict(config.model), "num_classes": sets.num_classes},
+        "classes": class_names(sets.train, sets.num_classes),
+        "preprocessing": asdict(preprocessing_of(config.data)),
+    }
+
+
+def _train(job: Job, parts: Parts, resumed: TrainState | None) -> None:
+    span, module = job.span, parts.module
+    parts.ledger.write("start", step=span.first_step, world_size=span.world_size)
+    if span.first_step:
+        parts.progress.say(f"resuming at step {span.first_step} of {span.total_steps}")
+    border = StepBorder(parts, job.rank, resumed)
+    if span.first_step < span.total_steps:
+        parts.progress.start(span.total_steps, span.first_step)
+        _trainer(job.config, job.rank, border).fit(module, train_dataloaders=parts.loader)
+        parts.progress.stop()
+    if border.stop_code is not None and module.step < span.total_steps:
+        _stop(parts, border.stop_code)
+    evaluation = border.last or parts.evaluate()
+    if parts.recorder is not None:
+        _finish(job, parts, parts.recorder, evaluation)
+    parts.ledger.write("end", step=module.step, exit_code=0)
+
+
+def _stop(parts: Parts, exit_code: int) -> None:
+    step = parts.module.step
+    parts.ledger.write("stop", step=step, exit_code=exit_code)
+    if parts.recorder is not None:
+        parts.recorder.stopped(step, exit_code)
+        parts.tracker.finish(timeout_s=STOP_MIRROR_S, exit_code=exit_code)
+    raise StopRequested(f"stopped after saving step {step}", exit_code)
+
+
+def _finish(job: Job, parts: Parts, recorder: Recorder, evaluation: Evaluation) -> None:
+    """Everything the first rank leaves at the end of a run."""
+    folder, sets, pixels = job.bundle.folder, job.sets, job.config.data.max_pixels
+    classes = class_names(sets.train, sets.num_classes)
+    record = evaluation_record(evaluation, parts.module.step, "val", classes)
+    for kind in ("worst", "best"):
+        record[kind] = save_samples(folder, kind, getattr(evaluation, kind), sets.val, classes, pixels)
+    write_json(folder / "evaluation.json", record)
+    recorder.done(parts.module.step, evaluation)
+    mirror_result(
+        parts.tracker, folder, record, read_json(folder / "result.json"), job.config.tracking.upload_checkpoint
+    )
+    note = parts.tracker.finish()
+    if note:
+        parts.progress.say(note)
+
+
+def _trainer(config: RunConfig, rank: Rank, border: StepBorder) -> pl.Trainer:
+    """Lightning for one long epoch; saving, logging, validation and progress happen at the step's border."""
+    return pl.Trainer(
+        accelerator="gpu" if rank.device.type == "cuda" else "cpu",
+        strategy=_strategy(rank),
+        devices=rank.world.local_world_size,
+        num_nodes=rank.world.world_size // rank.world.local_world_size,
+        precision=PRECISIONS[config.compute.precision],  # pyright: ignore[reportArgumentType]
+        max_epochs=1,
+        accumulate_grad_batches=config.recipe.accumulate,
+        gradient_clip_val=config.recipe.clip_norm or None,
+        callbacks=[border],
+        use_distributed_sampler=False,
+        barebones=True,
+    )
+
+
+def _strategy(rank: Rank) -> Strategy:
+    if rank.world.world_size == 1:
+        return SingleDeviceStrategy(rank.device)
+    return DDPStrategy(cluster_environment=GivenWorld(rank.world), gradient_as_bucket_view=True)

@@ -1,0 +1,178 @@
+"""What happens at each step's border: counting, logging, evaluating, saving, stopping.
+
+Lightning sees one long stream of batches without epochs or validation; an epoch is arithmetic on the step, so a
+resumed run is a stream that starts later, and none of Lightning's restart states is involved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+
+from orchestrator.data.stream import Loader
+from orchestrator.errors import UserError
+from orchestrator.model.ema import ExponentialMovingAverage
+from orchestrator.model.module import Classifier
+from orchestrator.track.wandb import Tracker
+from orchestrator.train import checkpoint
+from orchestrator.train.checkpoint import TrainState
+from orchestrator.train.evaluate import Evaluation
+from orchestrator.train.ledger import Ledger, PhaseClock
+from orchestrator.train.outcome import Recorder
+from orchestrator.train.process import Rank
+from orchestrator.train.progress import Progress
+from orchestrator.train.signals import StopFlag
+
+GIB = 2**30
+
+
+@dataclass(slots=True)
+class Parts:
+    """What the loop works with."""
+
+    module: Classifier
+    ema: ExponentialMovingAverage | None
+    loader: Loader
+    evaluate: Callable[[], Evaluation]
+    ledger: Ledger
+    tracker: Tracker
+    progress: Progress
+    clock: PhaseClock
+    flag: StopFlag
+    checkpoints: Path
+    manifest: dict[str, Any]
+    """What every checkpoint says besides its step and metrics."""
+    recorder: Recorder | None
+    """Of the first rank."""
+
+
+class StepBorder(pl.Callback):
+    """Runs on every rank; only the first one's ledger, tracker and progress do anything."""
+
+    def __init__(self, parts: Parts, rank: Rank, resumed: TrainState | None):
+        self.parts, self.rank, self.resumed = parts, rank, resumed
+        self.stop_code: int | None = None
+        self.last: Evaluation | None = None
+        self._began = self._away = self._waited = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.resumed is not None:
+            trainer.optimizers[0].load_state_dict(self.resumed.optimizer)
+            if self.resumed.scaler:
+                trainer.precision_plugin.load_state_dict(self.resumed.scaler)
+            self.resumed = None
+        self.parts.flag.listen()  # after Lightning installed its own handlers
+        # Lightning broadcasts rank 0's SIGTERM before every batch; the flag above covers all ranks and signals.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        config, span = self.parts.module.config, self.parts.module.span
+        if (batch_idx + 1) % config.recipe.accumulate:
+            return
+        step = self.parts.module.step
+        if self.parts.ema is not None and step % config.recipe.ema_every_steps == 0:
+            self.parts.ema.update_parameters(self.parts.module.net)
+        last = step == span.total_steps
+        epoch_ends = last or step % span.steps_per_epoch == 0
+        if epoch_ends or step % config.tracking.log_every_steps == 0:
+            self._log(step)
+        self.stop_code = self.parts.flag.agree()
+        metrics = self._evaluate(step) if epoch_ends else {}
+        if self._is_save_due(step, last) or self.stop_code is not None:
+            self._save(trainer, step, metrics)
+        trainer.should_stop = self.stop_code is not None
+
+    def _is_save_due(self, step: int, last: bool) -> bool:
+        when, steps_per_epoch = self.parts.module.config.checkpointing, self.parts.module.span.steps_per_epoch
+        by_epoch = when.every_epochs and step % (when.every_epochs * steps_per_epoch) == 0
+        return bool(last or by_epoch or (when.every_steps and step % when.every_steps == 0))
+
+    def _log(self, step: int) -> None:
+        """Log sums over all ranks since the last time, and the speed without evaluation and saves."""
+        tally = self._sum(self.parts.module.take_tally().cpu())
+        loss, hits1, hits5, count = (float(value) for value in tally)
+        elapsed = time.perf_counter() - self._began - self._away
+        waited = self.parts.loader.wait_s - self._waited
+        self.parts.clock.add("data_wait", waited)
+        self.parts.clock.add("compute", elapsed - waited)
+        self._began, self._away, self._waited = time.perf_counter(), 0.0, self.parts.loader.wait_s
+        facts = {
+            "epoch": step / self.parts.module.span.steps_per_epoch,
+            "train/loss": loss / max(count, 1),
+            "train/acc1": hits1 / max(count, 1),
+            "train/acc5": hits5 / max(count, 1),
+            "train/images_per_s": count / max(elapsed, 1e-9),
+            "lr": self.parts.module.lr,
+            "data_wait_fraction": waited / max(elapsed, 1e-9),
+            **memory_gib(self.rank.device),
+        }
+        self._publish("step", step, facts)
+        self.parts.progress.update(step, facts)
+        if not isfinite(loss):
+            raise UserError(
+                f"train/loss = {loss}: training diverged before step {step}. Way out: a lower optimizer.lr "
+                f"(peak now {self.parts.module.peak_lr:g}), a longer recipe.warmup_epochs, or recipe.clip_norm=1"
+            )
+
+    def _sum(self, tally: torch.Tensor) -> torch.Tensor:
+        if self.rank.control is not None:
+            dist.all_reduce(tally, group=self.rank.control)
+        return tally
+
+    def _publish(self, kind: str, step: int, facts: dict[str, Any]) -> None:
+        self.parts.ledger.write(kind, step=step, **facts)
+        self.parts.tracker.log({"global_step": step, **facts})
+
+    def _evaluate(self, step: int) -> dict[str, Any]:
+        began = time.perf_counter()
+        with self.parts.clock.phase("evaluate"):
+            self.last = self.parts.evaluate()
+        metrics = self.last.metrics()
+        seconds = time.perf_counter() - began
+        self._away += seconds
+        epoch = step / self.parts.module.span.steps_per_epoch
+        facts = {"epoch": epoch, **metrics, "skipped": self.last.skipped, "seconds": round(seconds, 3)}
+        self._publish("eval", step, facts)
+        acc1 = metrics["val/acc1"]
+        self.parts.progress.say(
+            f"epoch {epoch:g}  step {step}  val/loss {self.last.loss:.4f}  "
+            f"val/acc1 {acc1['value']:.2%} ({acc1['hits']}/{acc1['count']})"
+        )
+        return metrics
+
+    def _save(self, trainer: pl.Trainer, step: int, metrics: dict[str, Any]) -> None:
+        began = time.perf_counter()
+        epoch = step / self.parts.module.span.steps_per_epoch
+        manifest = {**self.parts.manifest, "step": step, "epoch": epoch, "metrics": metrics}
+        with self.parts.clock.phase("save"):
+            folder = checkpoint.save(self.parts.checkpoints, self._state(trainer), manifest)
+        seconds = time.perf_counter() - began
+        self._away += seconds
+        self.parts.ledger.write("save", step=step, seconds=round(seconds, 3), path=f"checkpoints/{folder.name}")
+        if self.parts.recorder is not None:
+            checkpoint.prune(self.parts.checkpoints, self.parts.module.config.checkpointing.keep_last)
+            self.parts.recorder.saved(step)
+
+    def _state(self, trainer: pl.Trainer) -> TrainState:
+        ema = self.parts.ema.state_dict() if self.parts.ema is not None else None
+        scaler = trainer.precision_plugin.state_dict()
+        return TrainState(self.parts.module.net.state_dict(), ema, trainer.optimizers[0].state_dict(), scaler)
+
+
+def memory_gib(device: torch.device) -> dict[str, float | None]:
+    """Resident memory of this process, and the peak on its GPU."""
+    with open("/proc/self/statm") as file:
+        pages = int(file.read().split()[1])
+    gpu = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None
+    return {"cpu_gib": round(pages * 4096 / GIB, 3), "gpu_gib": gpu}

@@ -1,0 +1,75 @@
+"""What can be known to be wrong before a process starts: the data against the config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.config import RunConfig
+from orchestrator.data.index import ShardIndex, load_index
+from orchestrator.data.order import TrainPlan
+from orchestrator.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Sets:
+    """The shard sets of a run and the size of its head."""
+
+    train: ShardIndex
+    val: ShardIndex
+    num_classes: int
+
+    def facts(self) -> dict[str, Any]:
+        """Identity and size of each split, for the record."""
+        return {split: set_facts(getattr(self, split)) for split in ("train", "val")}
+
+    def plan(self, config: RunConfig) -> TrainPlan:
+        sizes = tuple(shard.nsamples for shard in self.train.shards)
+        return TrainPlan(sizes, config.seed, config.recipe.global_batch_size, config.data.shuffle_shards)
+
+
+def set_facts(index: ShardIndex) -> dict[str, Any]:
+    return {
+        "location": index.location,
+        "digest": index.digest,
+        "num_samples": index.num_samples,
+        "num_classes": index.num_classes,
+    }
+
+
+def open_sets(config: RunConfig) -> Sets:
+    """Load both indices. Raises DataError or ConfigError where they do not fit the config or each other."""
+    train, val = load_index(config.data.train), load_index(config.data.val)
+    if train.classes != val.classes:
+        raise DataError(
+            f"data.val = {config.data.val}: its {val.num_classes} classes are not the {train.num_classes} of data.train "
+            f"({_first_difference(train.classes, val.classes)}). Way out: pack both splits with one `orchestrator shards make`"
+        )
+    return Sets(train, val, head_size(config, train))
+
+
+def head_size(config: RunConfig, index: ShardIndex) -> int:
+    """Size of the head: as configured, else as many as the shards have classes."""
+    wanted = config.model.num_classes
+    if wanted is not None and wanted < index.num_classes:
+        rule = f"is smaller than the {index.num_classes} classes in {index.location}"
+        way_out = f"model.num_classes={index.num_classes}, or leave it out"
+        raise ConfigError("model.num_classes", wanted, rule, way_out)
+    return wanted or index.num_classes
+
+
+def class_names(index: ShardIndex, num_classes: int) -> list[str]:
+    """A name for each output of the head; outputs that no class uses are named by their number."""
+    return [*index.classes, *(str(number) for number in range(index.num_classes, num_classes))]
+
+
+def total_steps(config: RunConfig, steps_per_epoch: int) -> int:
+    planned = config.recipe.epochs * steps_per_epoch
+    return min(planned, config.max_steps) if config.max_steps else planned
+
+
+def _first_difference(train: tuple[str, ...], val: tuple[str, ...]) -> str:
+    for number, (a, b) in enumerate(zip(train, val, strict=False)):
+        if a != b:
+            return f"class {number} is {a!r} and {b!r}"
+    return f"after class {min(len(train), len(val)) - 1}"

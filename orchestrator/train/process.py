@@ -1,0 +1,140 @@
+"""One rank as a process: its log file, its group, its errors as files that the launcher reads."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import IO
+
+import torch
+import torch.distributed as dist
+
+from orchestrator.config import ComputeConfig, Device
+from orchestrator.errors import ConfigError, OrchestratorError, StopRequested
+from orchestrator.train.signals import die_with_parent
+from orchestrator.world import World
+
+GROUP_TIMEOUT = timedelta(minutes=30)
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """A process of a run: its place, its device, its attempt, and the terminal where the first rank may speak."""
+
+    world: World
+    device: torch.device
+    attempt: int
+    terminal: IO[str]
+    control: dist.ProcessGroup | None
+    """Group on the CPU for flags and counts, beside the one that gradients use."""
+
+
+def open_logs(folder: Path, world: World, attempt: int) -> IO[str]:
+    """Send everything this process prints to its log; return a handle on the terminal as it was."""
+    path = folder / "logs" / f"attempt_{attempt}" / f"rank_{world.rank}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    terminal = os.fdopen(os.dup(2), "w", buffering=1)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.close(log)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT, force=True)
+    if world.is_first:
+        speaker = logging.StreamHandler(terminal)
+        speaker.setLevel(logging.WARNING)
+        logging.getLogger("orchestrator").addHandler(speaker)
+    for chatty in ("pytorch_lightning", "lightning", "torch.distributed", "wandb"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    return terminal
+
+
+def choose_device(config: ComputeConfig, world: World) -> torch.device:
+    """The GPU of this rank, or the CPU."""
+    count = torch.cuda.device_count() if config.device is not Device.cpu else 0
+    if config.device is Device.cuda and count == 0:
+        raise ConfigError("compute.device", "cuda", "needs a GPU and this machine has none", "compute.device=auto")
+    if count == 0:
+        return torch.device("cpu")
+    if world.local_world_size > count:
+        rule = f"puts {world.local_world_size} processes on {count} GPUs, and each needs its own"
+        raise ConfigError("compute.num_processes", config.num_processes, rule, f"compute.num_processes={count}")
+    torch.cuda.set_device(world.local_rank)
+    return torch.device("cuda", world.local_rank)
+
+
+def join_group(world: World, device: torch.device) -> dist.ProcessGroup | None:
+    """Meet the other ranks; returns the CPU group for flags and counts, None for a process alone."""
+    if world.world_size == 1:
+        return None
+    store, _, _ = next(dist.rendezvous("env://", timeout=GROUP_TIMEOUT))
+    # The agent's store outlives an attempt: without a prefix the new ranks would read the dead ranks' addresses.
+    store = dist.PrefixStore(f"attempt_{world.attempt}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    options = {"device_id": device} if device.type == "cuda" else {}
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size, **options)
+    return dist.new_group(backend="gloo")
+
+
+def prepare_arithmetic(config: ComputeConfig, device: torch.device) -> None:
+    """Threads and determinism, before anything is computed."""
+    if device.type == "cpu":
+        torch.set_num_threads(config.threads_per_process)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not config.deterministic
+    torch.backends.cudnn.deterministic = config.deterministic
+    if not config.deterministic:
+        torch.set_float32_matmul_precision("high")
+
+
+def supervise(folder: Path, world: World, attempt: int, work: Callable[[IO[str]], None]) -> int:
+    """Run a rank's work; returns its exit code and leaves the error, if any, where the launcher looks."""
+    die_with_parent()
+    began = time.time()
+    terminal = open_logs(folder, world, attempt)
+    try:
+        work(terminal)
+    except StopRequested as stop:
+        return stop.exit_code
+    except OrchestratorError as error:
+        _leave_error(folder, world, attempt, error, error.exit_code)
+        return error.exit_code
+    except BaseException as error:
+        traceback.print_exc()
+        _leave_error(folder, world, attempt, error, 1)
+        return 1
+    finally:
+        logging.getLogger(__name__).info("rank %d ended after %.1f s", world.rank, time.time() - began)
+        with suppress(Exception):
+            terminal.close()
+    return 0
+
+
+def error_file(folder: Path, attempt: int, rank: int) -> Path:
+    return folder / "logs" / f"attempt_{attempt}" / f"rank_{rank}.error.json"
+
+
+def _leave_error(folder: Path, world: World, attempt: int, error: BaseException, exit_code: int) -> None:
+    known = isinstance(error, OrchestratorError)
+    text = str(error) if known else f"{type(error).__name__}: {error}"
+    content = {
+        "schema": 1,
+        "t": time.time(),
+        "rank": world.rank,
+        "exit_code": exit_code,
+        "error": text,
+        "traceback": None if known else traceback.format_exc(),
+    }
+    with suppress(OSError):  # a full disk must not hide the exit code
+        error_file(folder, attempt, world.rank).write_text(json.dumps(content))
