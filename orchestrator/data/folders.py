@@ -194,7 +194,7 @@ def _require_known_classes(name: str, classes: tuple[str, ...], val: Tree) -> No
     strangers = sorted({parts[0] for parts in val if len(parts) > 1} - set(classes))
     if strangers:
         raise DataError(
-            f"{name}: {len(strangers)} classes have validation images but no training images:\n{list_first(strangers)}\n"
+            f"{name}: {len(strangers)} classes have validation but no training images:\n{list_first(strangers)}\n"
             f"Way out: the same class folders in both"
         )
 

@@ -90,8 +90,7 @@ def load_index(location: str) -> ShardIndex:
 
     Raises DataError for what is missing, empty or malformed.
     """
-    pattern = _expand(location) if location.endswith(".tar") else None
-    index_at = _index_location(location, pattern)
+    pattern, index_at = _locate(location)
     body = _parse(index_at)
     try:
         index = _build(index_at, body)
@@ -102,6 +101,16 @@ def load_index(location: str) -> ShardIndex:
     if not index.num_samples:
         raise DataError(f"{index_at}: the index holds no sample. {_MAKE}")
     return _select(index, pattern) if pattern else index
+
+
+def read_body(location: str) -> dict[str, Any]:
+    """The whole content of an index file, for what `ShardIndex` leaves out: histogram, conversions, skipped."""
+    return _parse(_locate(location)[1])
+
+
+def _locate(location: str) -> tuple[list[str] | None, str]:
+    pattern = _expand(location) if location.endswith(".tar") else None
+    return pattern, _index_location(location, pattern)
 
 
 def _expand(location: str) -> list[str]:

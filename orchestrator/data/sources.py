@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +29,7 @@ class Item(NamedTuple):
 
 
 Read = Callable[[Any], Any]
-"""ref -> encoded bytes or pixels (H, W, 3) / (H, W) uint8; runs in the packing processes. Raises OSError, ImageError."""
+"""ref -> encoded bytes or pixels (H, W, 3) / (H, W) uint8; runs in packing processes. Raises OSError, ImageError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,12 @@ def open_source(spec: str, options: SourceOptions) -> Source:
 
     Raises DataError for an unknown name and for what holds no labelled images.
     """
-    source = _dispatch(spec, options)
+    try:
+        source = _dispatch(spec, options)
+    except (PermissionError, FileNotFoundError, UnicodeError, csv.Error) as error:
+        raise DataError(
+            f"{spec}: cannot be read ({error}). Way out: check its encoding and that you may read it"
+        ) from error
     if not source.splits.get("train"):
         raise DataError(f"{spec}: no training image. Way out: name a folder with class folders of images")
     if len(source.classes) < 2:

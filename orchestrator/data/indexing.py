@@ -1,0 +1,151 @@
+"""An index for tars that others made: every member header and label is read, no image is decoded."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from orchestrator.data.files import explain_disk
+from orchestrator.data.images import SHARD_FORMATS
+from orchestrator.data.index import Members, read_members
+from orchestrator.data.members import group_samples, list_first, scan_members, write_idx
+from orchestrator.data.pack import ShardFacts
+from orchestrator.data.remote import is_url
+from orchestrator.data.shardset import index_body, write_index
+from orchestrator.errors import DataError
+
+CHUNK = 1 << 20
+
+
+def find_tars(location: str) -> list[Path]:
+    """The tars of a folder, in the order of their names, or of a brace or glob pattern.
+
+    Raises DataError where there is none or they lie in more than one folder.
+    """
+    if is_url(location):
+        raise DataError(f"{location}: only local tars can be indexed. Way out: download them, or index where they lie")
+    root = Path(location).expanduser()
+    tars = sorted(root.glob("*.tar")) if root.is_dir() else _expand(location)
+    if not tars:
+        raise DataError(
+            f"{location}: no .tar there. Way out: a folder of tars, or a pattern such as 'x-{{000..009}}.tar'"
+        )
+    missing = [str(tar) for tar in tars if not tar.is_file()]
+    if missing:
+        raise DataError(
+            f"{location}: {len(missing)} tars do not exist:\n{list_first(missing)}\nWay out: mend the pattern"
+        )
+    if len({tar.parent.resolve() for tar in tars}) > 1:
+        raise DataError(
+            f"{location}: tars of several folders. Way out: index each folder, one index lies beside its tars"
+        )
+    return tars
+
+
+def _expand(location: str) -> list[Path]:
+    from braceexpand import braceexpand
+
+    try:
+        places = list(braceexpand(location))
+    except ValueError as error:
+        raise DataError(f"{location}: {error}. Way out: e.g. train-{{000000..000009}}.tar") from error
+    found = [sorted(glob.glob(place)) if glob.has_magic(place) else [place] for place in places]
+    return [Path(path) for paths in found for path in paths]
+
+
+def index_tars(
+    location: str, label: str, classes_file: str | None, advance: Callable[[int], None]
+) -> tuple[Path, dict[str, Any]]:
+    """Write `.idx` beside each tar and `shards.json` beside them all; returns its folder and content.
+
+    `label` is the extension of the members that hold the class number. Raises DataError.
+    """
+    tars = find_tars(location)
+    names = read_classes(Path(classes_file)) if classes_file else None
+    shards = []
+    for tar in tars:
+        shards.append(_describe(tar, label))
+        advance(1)
+    highest = max((int(number) for shard in shards for number in shard.class_counts), default=-1)
+    if names is not None and len(names) <= highest:
+        raise DataError(f"{classes_file}: {len(names)} names, but label {highest} is in use. Way out: a name per class")
+    folder = tars[0].parent
+    body = index_body(folder.resolve().name, names or tuple(str(i) for i in range(highest + 1)), shards)
+    if label != "cls":
+        for entry in body["shardlist"]:
+            entry["label"] = label
+    if not body["shardlist"]:
+        raise DataError(
+            f"{location}: no sample in {len(tars)} tars. Way out: tars with an image and a .{label} per sample"
+        )
+    write_index(folder, body)
+    return folder, body
+
+
+def _describe(tar: Path, label: str) -> ShardFacts:
+    """What one tar holds, from the tar alone: an `.idx` that lies there is replaced, not believed."""
+    samples = list(group_samples(scan_members(tar)))
+    idx = tar.with_suffix(".idx")
+    try:
+        idx.unlink(missing_ok=True)
+        if not any(" " in member.name for sample in samples for member in sample):
+            write_idx(idx, samples)
+    except OSError as error:
+        raise explain_disk(error, tar.parent) from error
+    members = read_members(tar, label)
+    counts = Counter(str(number) for number in members.label.tolist())
+    return ShardFacts(
+        file=tar.name,
+        digest="",
+        nsamples=len(members.keys),
+        filesize=tar.stat().st_size,
+        sha256=hash_file(tar),
+        class_counts=dict(counts),
+        sizes=_image_sizes(tar, members),
+    )
+
+
+def _image_sizes(tar: Path, members: Members) -> dict[str, int]:
+    """From the images' own headers; what has none is `verify`'s to name."""
+    sizes: Counter[str] = Counter()
+    with tar.open("rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for offset, size in zip(members.image_offset.tolist(), members.image_size.tolist(), strict=True):
+            try:
+                with Image.open(io.BytesIO(os.pread(file.fileno(), size, offset)), formats=SHARD_FORMATS) as image:
+                    sizes[f"{image.width}x{image.height}"] += 1
+            except Exception:  # Pillow raises anything on damaged bytes
+                continue
+    return dict(sizes)
+
+
+def hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """Class names in the order of their numbers: a JSON list, or one to a line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        names = (
+            json.loads(text) if text.lstrip().startswith("[") else [line for line in text.splitlines() if line.strip()]
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({error}). Way out: a JSON list, or one class name to a line"
+        ) from error
+    return tuple(str(name).strip() for name in names)
