@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from orchestrator.config import ModelConfig, Shortcut, Stem
@@ -114,9 +114,14 @@ def test_other_names_with_the_same_shapes_are_taken_in_order_and_the_note_says_s
 
 
 def test_the_order_never_decides_in_a_file_that_sorts_its_names(tmp_path):
-    save_file(renamed(trained().state_dict()), tmp_path / "w.safetensors")
+    net = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(12)))
+    state = {f"layer.{name}": value for name, value in net.state_dict().items()}
+    save_file(state, tmp_path / "w.safetensors")
+    assert list(load_file(tmp_path / "w.safetensors")) != list(state)
     with pytest.raises(CheckpointError, match="safetensors files are matched by name only"):
-        load_weights(tmp_path / "w.safetensors", network())
+        load_weights(tmp_path / "w.safetensors", net)
+    torch.save(state, tmp_path / "w.pt")
+    assert load_weights(tmp_path / "w.pt", net).in_order
 
 
 def test_a_norms_mean_is_never_taken_for_its_weight(tmp_path):
