@@ -12,12 +12,13 @@ import argparse
 import sys
 
 from orchestrator.cli.console import note
+from orchestrator.cli.main import Parser
 from orchestrator.cli.shards import MAKE_EPILOG, add_make_arguments
 from orchestrator.errors import EXIT_INTERRUPTED, OrchestratorError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(epilog=MAKE_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(epilog=MAKE_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_make_arguments(parser)
     args = parser.parse_args()
     try:

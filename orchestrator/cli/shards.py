@@ -10,12 +10,12 @@ from typing import Any
 from orchestrator.cli.console import note, print_json, print_table, progress
 from orchestrator.errors import EXIT_DONE, EXIT_USER, DataError
 
-MAX_PIXELS = 178_956_970
 SHOWN = 20
 MIB = 1 << 20
 
-MAKE_EPILOG = """SOURCE is a folder (CLASS/*, or train/CLASS/* and val/CLASS/*), a tar, tar.gz or zip of it, a CSV manifest
-(path,label[,split]), digits, synthetic, torchvision:NAME, or an entry point of orchestrator.datasets.
+MAKE_EPILOG = """SOURCE is a folder (CLASS/*, or train/CLASS/* and val/CLASS/*), a tar, tar.gz or zip of such a
+folder, a CSV manifest (path,label[,split]), digits, synthetic, torchvision:NAME, or an entry point of
+orchestrator.datasets.
 The same source and options give the same bytes; the same command again goes on where it was killed.
 
 examples:
@@ -45,13 +45,13 @@ def add_to(subparsers: Any) -> None:
     index.set_defaults(run=index_tars)
     verify = _leaf(leaves, "verify", "read every byte again and decode every image", VERIFY_EPILOG)
     verify.add_argument("location", metavar="LOCATION")
-    verify.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N")
+    verify.add_argument("--max-pixels", type=int, metavar="N")
     verify.add_argument("--json", action="store_true")
     verify.set_defaults(run=verify_shards)
     inspect = _leaf(leaves, "inspect", "class counts, sizes, shards, and a contact sheet", INSPECT_EPILOG)
     inspect.add_argument("location", metavar="LOCATION")
     inspect.add_argument("--png", metavar="OUT.png", help="write a contact sheet of samples")
-    inspect.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N")
+    inspect.add_argument("--max-pixels", type=int, metavar="N")
     inspect.add_argument("--json", action="store_true")
     inspect.set_defaults(run=inspect_shards)
 
@@ -79,7 +79,7 @@ def add_make_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--on-bad", choices=("fail", "skip"), default="fail", help="unreadable images: list all and fail, or count them"
     )
-    add("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help="larger images count as unreadable")
+    add("--max-pixels", type=int, metavar="N", help="larger images count as unreadable")
     add = parser.add_argument_group("data sets").add_argument
     add("--samples", type=int, default=1000, help="synthetic")
     add("--classes", type=int, default=10, help="synthetic")
@@ -97,8 +97,8 @@ def make(args: argparse.Namespace) -> int:
     from orchestrator.data.writer import make_shards, plan_shards
 
     began = time.monotonic()
-    source = SourceOptions(**{key: getattr(args, key) for key in _fields(SourceOptions) if hasattr(args, key)})
-    options = MakeOptions(**{key: getattr(args, key) for key in _fields(MakeOptions)})
+    source = SourceOptions(**_given(args, SourceOptions))
+    options = MakeOptions(**_given(args, MakeOptions))
     if args.dry_run:
         plan = plan_shards(args.source, source, options)
         _print_plan(args, plan)
@@ -111,10 +111,12 @@ def make(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _fields(kind: Any) -> list[str]:
+def _given(args: argparse.Namespace, kind: Any) -> dict[str, Any]:
+    """The options of a dataclass that the command line sets; what it leaves out keeps the dataclass's default."""
     import dataclasses
 
-    return [field.name for field in dataclasses.fields(kind)]
+    values = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(kind)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _print_plan(args: argparse.Namespace, plan: dict[str, Any]) -> None:
@@ -132,7 +134,7 @@ def _print_made(out: str, made: dict[str, Any], seconds: float) -> None:
         size = sum(shard["filesize"] for shard in shards) / MIB
         converted = ", ".join(f"{n} {what}" for what, n in body["converted"].items()) or "none"
         samples = sum(shard["nsamples"] for shard in shards)
-        rows.append((split, samples, len(body["classes"]), len(shards), f"{size:.1f}", body["skipped"], converted))
+        rows.append((split, samples, len(body["classes"]), len(shards), size, body["skipped"], converted))
     columns = ("split", "samples", "classes", "shards", "MiB", "skipped", "converted")
     print_table(columns, rows, f"{made['name']}: {out}, {seconds:.1f} s")
     if made["ignored_files"]:
@@ -157,6 +159,7 @@ def index_tars(args: argparse.Namespace) -> int:
 def verify_shards(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
+    from orchestrator.data.images import MAX_PIXELS
     from orchestrator.data.index import load_index
     from orchestrator.data.members import list_first
     from orchestrator.data.verify import verify_set
@@ -164,7 +167,7 @@ def verify_shards(args: argparse.Namespace) -> int:
     indices = [load_index(place) for place in _sets(args.location)]
     samples = sum(index.num_samples for index in indices)
     with progress("verifying", samples, "images") as advance:
-        faults = [fault for index in indices for fault in verify_set(index, args.max_pixels, advance)]
+        faults = [fault for index in indices for fault in verify_set(index, args.max_pixels or MAX_PIXELS, advance)]
     if args.json:
         print_json(
             {"sets": [index.location for index in indices], "samples": samples, "faults": [asdict(f) for f in faults]}
@@ -225,35 +228,33 @@ def _describe(index: Any, body: dict[str, Any]) -> dict[str, Any]:
 
 def _draw_sheets(args: argparse.Namespace, indices: list[Any]) -> list[str]:
     from orchestrator.data.contact import draw_sheet
+    from orchestrator.data.images import MAX_PIXELS
 
     out = Path(args.png)
     paths = [out]
     if len(indices) > 1:
         paths = [out.with_name(f"{out.stem}-{Path(index.location).parent.name}{out.suffix}") for index in indices]
     for index, path in zip(indices, paths, strict=True):
-        draw_sheet(index, args.max_pixels, path)
+        draw_sheet(index, args.max_pixels or MAX_PIXELS, path)
     return [str(path) for path in paths]
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
     counts = facts["class_counts"]
     title = f"{facts['name']}: {facts['samples']:,} samples, {len(counts):,} classes, {facts['bytes'] / MIB:.1f} MiB"
-    print_table(("class", "samples", ""), _bars(counts), title)
-    print_table(("size", "images", ""), _bars(facts["size_histogram"]))
-    converted = [*facts["converted"].items(), ("left out", facts["skipped"])]
-    print_table(("converted", "images"), converted)
-    rows = [
-        (Path(s["location"]).name, s["samples"], f"{s['bytes'] / MIB:.1f}", s["sha256"][:12]) for s in facts["shards"]
-    ]
-    print_table(("shard", "samples", "MiB", "sha256"), _first(rows, 4))
+    _print_first(("class", "samples", ""), _bars(counts), title)
+    _print_first(("size", "images", ""), _bars(facts["size_histogram"]))
+    print_table(("converted", "images"), [*facts["converted"].items(), ("left out", facts["skipped"])])
+    rows = [(Path(s["location"]).name, s["samples"], s["bytes"] / MIB, s["sha256"][:12]) for s in facts["shards"]]
+    _print_first(("shard", "samples", "MiB", "sha256"), rows)
 
 
 def _bars(counts: dict[str, int]) -> list[tuple[Any, ...]]:
     most = max(counts.values(), default=1) or 1
-    return _first([(name, count, "█" * round(24 * count / most)) for name, count in counts.items()], 3)
+    return [(name, count, "█" * round(24 * count / most)) for name, count in counts.items()]
 
 
-def _first(rows: list[tuple[Any, ...]], width: int) -> list[tuple[Any, ...]]:
-    if len(rows) <= SHOWN:
-        return rows
-    return [*rows[:SHOWN], (f"... {len(rows) - SHOWN} more", *[""] * (width - 1))]
+def _print_first(columns: tuple[str, ...], rows: list[tuple[Any, ...]], title: str | None = None) -> None:
+    print_table(columns, rows[:SHOWN], title)
+    if len(rows) > SHOWN:
+        print(f"... and {len(rows) - SHOWN:,} more; --json lists all")

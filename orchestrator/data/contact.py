@@ -77,13 +77,10 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 def _blank(index: ShardIndex, width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text(
-        (MARGIN, MARGIN - 6),
-        _fit(draw, index.name or "shards", _font(22, True), width - 2 * MARGIN),
-        INK,
-        _font(22, True),
-    )
-    counts = f"{index.num_samples:,} samples · {index.num_classes:,} classes · {len(index.shards):,} shards"
+    bold = _font(22, True)
+    draw.text((MARGIN, MARGIN - 6), _fit(draw, index.name or "shards", bold, width - 2 * MARGIN), INK, bold)
+    shards = f"{len(index.shards):,} shard{'s' if len(index.shards) > 1 else ''}"
+    counts = f"{index.num_samples:,} samples · {index.num_classes:,} classes · {shards}"
     draw.text((MARGIN, MARGIN + 26), f"{counts} · {index.digest[:12]}", SOFT, _font(13))
     return sheet, draw
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from orchestrator.data.images import MAX_PIXELS
 from orchestrator.data.pack import ImageRules
-from orchestrator.data.sources import Item, Source, name_hash
-from orchestrator.errors import ConfigError
+from orchestrator.data.sources import Item, Source, name_hash, require_flags
 
 FORMATS = ("keep", "jpeg", "png")
 HEADERS_PER_SAMPLE = 4 * 512  # two headers, the label, and on average two half blocks of padding
@@ -34,21 +34,17 @@ class MakeOptions:
     format: str = "keep"
     on_bad: str = "fail"
     seed: int = 0
-    max_pixels: int = 178_956_970
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
-        for flag, value, low, high in (
+        require_flags(
             ("--shard-size-mib", self.shard_size_mib, 1, 1 << 20),
             ("--samples-per-shard", self.samples_per_shard, 1, 1 << 40),
             ("--workers", self.workers, 1, 1024),
             ("--max-side", self.max_side, 1, 65535),
             ("--quality", self.quality, 1, 100),
             ("--max-pixels", self.max_pixels, 1, 1 << 40),
-        ):
-            if value is not None and not low <= value <= high:
-                raise ConfigError(
-                    flag, value, f"must be between {low} and {high:,}", f"{flag} {min(max(value, low), high)}"
-                )
+        )
 
     @property
     def rules(self) -> ImageRules:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orchestrator.errors import DataError, nearest
+from orchestrator.errors import ConfigError, DataError, nearest
 
 BUILT_IN = ("digits", "synthetic")
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
@@ -56,6 +56,22 @@ class SourceOptions:
     download: bool = False
     scratch: Path | None = None
     """Where a compressed archive is unpacked for random access; None only lists it."""
+
+    def __post_init__(self) -> None:
+        require_flags(
+            ("--val-fraction", self.val_fraction, 0, 0.9),
+            ("--samples", self.samples, 2, 1 << 40),
+            ("--classes", self.classes, 2, 1_000_000),
+            ("--size", self.size, 1, 8192),
+        )
+
+
+def require_flags(*bounds: tuple[str, float | None, float, float]) -> None:
+    """Each (flag, value, low, high) lies within its closed bounds, or is not given."""
+    for flag, value, low, high in bounds:
+        if value is not None and not low <= value <= high:
+            rule = f"must be between {low:,} and {high:,}"
+            raise ConfigError(flag, value, rule, f"{flag} {min(max(value, low), high)}")
 
 
 def open_source(spec: str, options: SourceOptions) -> Source:

@@ -102,10 +102,13 @@ def _claim(folder: Path, plan: SplitPlan) -> None:
     """Make the folder ready for this plan, keeping shards that an earlier start of the same plan finished."""
     folder.mkdir(exist_ok=True)
     index = _read_json(folder / INDEX_NAME)
-    if index and index.get("plan") == plan.digest:
-        return
     marker = folder / PARTS / "plan.json"
-    if index or (not marker.is_file() and any(folder.glob("*.tar"))):
+    if index and index.get("plan") == plan.digest:
+        if _is_complete(folder, index):
+            return
+        (folder / INDEX_NAME).unlink()
+        _clear(folder)
+    elif index or (not marker.is_file() and any(folder.glob("*.tar"))):
         raise DataError(
             f"{folder}: holds another shard set, which `shards make` does not overwrite. "
             "Way out: name another folder or delete this one"
@@ -116,6 +119,13 @@ def _claim(folder: Path, plan: SplitPlan) -> None:
         leftover.unlink()
     marker.parent.mkdir(exist_ok=True)
     write_json(marker, {"digest": plan.digest})
+
+
+def _is_complete(folder: Path, index: dict[str, Any]) -> bool:
+    files = [(folder / shard["url"], shard["filesize"]) for shard in index["shardlist"]]
+    return all(
+        path.is_file() and path.stat().st_size == size and path.with_suffix(".idx").is_file() for path, size in files
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
