@@ -1,8 +1,8 @@
 """One rank of a training run.
 
-    orchestrator train experiment=quickstart                 # starts this program in every process
-    torchrun --nproc-per-node 2 -m jobs.train RUN.json       # the same by hand
-    torchrun --nproc-per-node 2 -m jobs.train experiment=quickstart compute.num_processes=2
+orchestrator train experiment=quickstart                 # starts this program in every process
+torchrun --nproc-per-node 2 -m jobs.train RUN.json       # the same by hand
+torchrun --nproc-per-node 2 -m jobs.train experiment=quickstart compute.num_processes=2
 """
 
 from __future__ import annotations

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-from orchestrator.config import GROUPS, RunConfig, from_dict
+from orchestrator.config import GROUPS, RunConfig, from_dict, to_dict
 from orchestrator.errors import ConfigError, UserError, nearest
 
 ROOT_FILE = "config"
@@ -23,6 +24,23 @@ class Composed:
     config: RunConfig
     overrides: tuple[str, ...]
     sources: dict[str, str]
+
+    def typed_keys(self) -> set[str]:
+        """Keys and groups that the command line names."""
+        return {text.lstrip("+").split("=", 1)[0] for text in self.overrides}
+
+
+def overlay(frozen: Mapping[str, Any], composed: Composed) -> dict[str, Any]:
+    """A frozen config in which only what the command line names is replaced: whole groups, then single keys."""
+    plain, fresh, typed = deepcopy(dict(frozen)), to_dict(composed.config), composed.typed_keys()
+    plain.update({group: fresh[group] for group in GROUPS if group in typed})
+    for key in typed - set(CHOICES):
+        *path, last = key.split(".")
+        target, origin = plain, fresh
+        for part in path:
+            target, origin = target[part], origin[part]
+        target[last] = origin[last]
+    return plain
 
 
 def conf_dir() -> Path:
@@ -139,7 +157,8 @@ def _compose_plain(overrides: list[str], search: Sequence[Path]) -> tuple[dict[s
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"{' '.join(overrides)}: {str(error).strip()}") from None
-    return dict(plain), _sources(order, overrides, search)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}, _sources(order, overrides, search)
 
 
 def _sources(order: Sequence[Any], overrides: Sequence[str], search: Sequence[Path]) -> dict[str, str]:
@@ -151,10 +170,8 @@ def _sources(order: Sequence[Any], overrides: Sequence[str], search: Sequence[Pa
             shown = str(path) if search[0] not in path.parents else f"conf/{path.relative_to(search[0])}"
             prefix = f"{default.package}." if default.package else ""
             sources.update(dict.fromkeys(_keys_of(path, prefix), shown))
-    for text in overrides:
-        key = text.lstrip("+").split("=", 1)[0]
-        if key not in CHOICES:
-            sources[key] = OVERRIDE
+    typed = (text.lstrip("+").split("=", 1)[0] for text in overrides)
+    sources.update({key: OVERRIDE for key in typed if key not in CHOICES})
     return sources
 
 
@@ -188,8 +205,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def render(composed: Composed) -> str:
     """The config as YAML, each value with the file it came from in a comment."""
     from omegaconf import OmegaConf
-
-    from orchestrator.config import to_dict
 
     lines = OmegaConf.to_yaml(OmegaConf.create(to_dict(composed.config))).splitlines()
     width = min(64, max(len(line) for line in lines))

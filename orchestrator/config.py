@@ -199,7 +199,10 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """The network. Names: our ResNets, a package's entry point `orchestrator.models`, or any timm model (`timm/NAME` forces timm)."""
+    """The network: one of our ResNets, a package's entry point `orchestrator.models`, or any timm model.
+
+    `timm/NAME` takes timm's where ours has the same name.
+    """
 
     name: str
     num_classes: int | None

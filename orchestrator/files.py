@@ -20,9 +20,15 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NodeError(f"{path}: no space left on the disk. Way out: free space or set runs_dir to another disk; the same command goes on") from error  # fmt: skip
+            raise NodeError(
+                f"{path}: no space left on the disk. Way out: free space, or set runs_dir to another disk; "
+                "the same command goes on from the last checkpoint"
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise UserError(f"{path}: cannot be written ({error.strerror}). Way out: mend its permissions or set runs_dir to a folder of yours") from error  # fmt: skip
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}). Way out: mend its permissions, or write to a folder of "
+                "yours (runs_dir=... for runs)"
+            ) from error
         raise
 
 

@@ -1,6 +1,7 @@
 """`make gpu-check`: run each check of one GPU in a process of its own, under a time limit, and gather figures as JSON.
 
-To add a check, write a function ``f(setting, **options) -> figures`` (see `gpu_bench`) and a line in `CHECKS`.
+To add a check, write a function ``f(setting, **options) -> figures`` as in `gpu_bench` and `gpu_agreement`, and a line
+in `CHECKS`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from orchestrator.probes import PACKAGE_ROOT
 
 BENCH = "orchestrator.gpu_bench:"
+AGREEMENT = "orchestrator.gpu_agreement:"
 BATCHES = (64, 128, 256)
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
@@ -50,8 +52,9 @@ class Setting:
     image_size: int = 224
     agree_batch: int = 32
     """Images in the checks that compare two ways of computing the same."""
-    transfer_batch: int = 128
-    measure_s: float = 4.0
+    batch: int = 128
+    """Images in a transfer, and in the speed of the memory layouts."""
+    measure_s: float = 3.0
     """Time that a measurement aims at, after its warm-up."""
     compile_backend: str = "inductor"
 
@@ -87,12 +90,12 @@ CHECKS: tuple[Check, ...] = (
     Check(name="device", target=f"{BENCH}describe_device"),
     Check(name="nccl", target=f"{BENCH}reduce_alone"),
     Check(name="transfer", target=f"{BENCH}measure_transfer"),
-    Check(name="amp_bf16", target=f"{BENCH}compare_precision", options={"precision": "bf16"}),
-    Check(name="amp_fp16", target=f"{BENCH}compare_precision", options={"precision": "fp16"}),
-    Check(name="channels_last", target=f"{BENCH}compare_channels_last"),
-    Check(name="deterministic_fp32", target=f"{BENCH}repeat_steps", options={"precision": "fp32"}),
-    Check(name="deterministic_bf16", target=f"{BENCH}repeat_steps", options={"precision": "bf16"}),
-    Check(name="compile", target=f"{BENCH}compare_compiled", limit_s=180.0),
+    Check(name="amp_bf16", target=f"{AGREEMENT}compare_precision", options={"precision": "bf16"}),
+    Check(name="amp_fp16", target=f"{AGREEMENT}compare_precision", options={"precision": "fp16"}),
+    Check(name="channels_last", target=f"{AGREEMENT}compare_channels_last"),
+    Check(name="deterministic_fp32", target=f"{AGREEMENT}repeat_steps", options={"precision": "fp32"}),
+    Check(name="deterministic_bf16", target=f"{AGREEMENT}repeat_steps", options={"precision": "bf16"}),
+    Check(name="compile", target=f"{AGREEMENT}compare_compiled", limit_s=180.0),
     *(_step_time(variant, batch) for variant in VARIANTS for batch in BATCHES),
 )
 
@@ -115,7 +118,7 @@ def failed(check: Check, seconds: float, error: str, figures: Mapping[str, Any] 
 def run_check(check: Check, setting: Setting, limit_s: float) -> CheckResult:
     """Run one check in a fresh process, so that a crash, a hang or a spoilt device harms no other."""
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+    with tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as folder:
         answer, log = Path(folder, "answer.json"), Path(folder, "log")
         code = _run_child(check, setting, (answer, log), limit_s)
         seconds = time.monotonic() - started
@@ -134,12 +137,15 @@ def _run_child(check: Check, setting: Setting, files: tuple[Path, Path], limit_s
     """Exit code of the child, or None where it was killed for its time; it never outlives this call."""
     answer, log = files
     request = json.dumps({"target": check.target, "options": check.options, "setting": asdict(setting)})
-    path = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")])),
+        # Kernels cached by an earlier run would make compiling look free.
+        "TORCHINDUCTOR_CACHE_DIR": str(answer.with_name("inductor")),
+        "TRITON_CACHE_DIR": str(answer.with_name("triton")),
+    }
     command = [sys.executable, "-m", "orchestrator.gpu_check", request, str(answer)]
     with log.open("wb") as sink:
-        child = subprocess.Popen(
-            command, stdout=sink, stderr=sink, start_new_session=True, env=os.environ | {"PYTHONPATH": path}
-        )
+        child = subprocess.Popen(command, stdout=sink, stderr=sink, start_new_session=True, env=environment)
         try:
             return child.wait(limit_s)
         except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""What every verb prints with: tables, JSON, and progress that is a live bar on a terminal and plain lines elsewhere."""
+"""What every verb prints with: tables, JSON, and progress as a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def add_to(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_config_flags(parser)
-    parser.add_argument("--cfg", action="store_true", help="print the composed config with the source of each value, and stop")
+    parser.add_argument("--cfg", action="store_true", help="print the config, each value with its source, and stop")
     parser.add_argument("--dry-run", action="store_true", help="print exactly what would run, and stop")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=train, takes_overrides=True)
@@ -119,7 +119,7 @@ def _launch(bundle: Bundle, as_json: bool, began: float) -> int:
     _conclude(bundle, ended)
     _show(bundle, as_json, time.time() - began)
     if ended.error:
-        _tell_cause(bundle, ended)
+        tell_cause(bundle, ended)
     return ended.exit_code
 
 
@@ -127,7 +127,9 @@ def _run(bundle: Bundle) -> Ended:
     from jobs.train import rank
     from orchestrator.cluster.local import num_processes, run_attempts
 
-    sets_line = f"{bundle.config.model.name} on {bundle.config.data.name}, {num_processes(bundle.config.compute)} processes"
+    sets_line = (
+        f"{bundle.config.model.name} on {bundle.config.data.name}, {num_processes(bundle.config.compute)} processes"
+    )
     note(f"run {bundle.run_id}: {sets_line}, tracking {bundle.config.tracking.mode.name}")
     return run_attempts(bundle, rank, (str(bundle.folder / "run.json"),))
 
@@ -168,11 +170,13 @@ def places(bundle: Bundle, result: dict[str, Any]) -> dict[str, str]:
     found = {"checkpoint": result.get("best") or result.get("last"), "report": str(bundle.folder / "report.html")}
     mirrors = sorted((bundle.folder / "wandb").glob("*run-*"))
     if mirrors:
-        found["W&B run"] = f"{mirrors[-1]}  (wandb sync uploads it)" if "offline" in mirrors[-1].name else str(mirrors[-1])
+        found["W&B run"] = (
+            f"{mirrors[-1]}  (wandb sync uploads it)" if "offline" in mirrors[-1].name else str(mirrors[-1])
+        )
     return {name: path for name, path in found.items() if path}
 
 
-def _tell_cause(bundle: Bundle, ended: Ended) -> None:
+def tell_cause(bundle: Bundle, ended: Ended) -> None:
     """The first true cause, last."""
     if ended.traceback:
         note(ended.traceback.rstrip())

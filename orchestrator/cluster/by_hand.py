@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch.distributed as dist
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import rendezvous
 
 from orchestrator.bundle import Bundle, freeze, load_bundle, write_bundle
 from orchestrator.cluster.local import next_attempt
@@ -37,8 +38,8 @@ def _agree(arguments: Sequence[str], world: World, held: ExitStack) -> tuple[str
     """The bundle's path and the attempt's number, decided by the first rank."""
     if world.world_size == 1:
         return _decide(arguments, held)
-    store, _, _ = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"by_hand_{world.attempt}", store)
+    store, _, _ = next(rendezvous("env://"))
+    store = PrefixStore(f"by_hand_{world.attempt}", store)
     if world.is_first:
         path, attempt = _decide(arguments, held)
         store.set("bundle", f"{attempt} {path}")

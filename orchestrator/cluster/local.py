@@ -1,4 +1,4 @@
-"""Jobs on this machine: ranks forked from a server that has the imports, watched by torch.distributed's elastic agent."""
+"""Jobs on this machine: ranks forked from a server that has the imports, watched by torch's own elastic agent."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def num_processes(config: ComputeConfig) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def run_attempts(bundle: Bundle, entry: Callable[..., int], arguments: tuple[Any, ...]) -> Ended:
+def run_attempts(bundle: Bundle, entry: Callable[..., None], arguments: tuple[Any, ...]) -> Ended:
     """Start the ranks, again after failures that a retry can mend, until the job ends."""
     ended = Ended(1)
     for _ in range(bundle.config.cluster.max_restarts + 1):
@@ -78,7 +78,7 @@ def next_attempt(folder: Path) -> int:
     return max(numbers, default=0) + 1
 
 
-def run_attempt(bundle: Bundle, entry: Callable[..., int], arguments: tuple[Any, ...], attempt: int) -> Ended:
+def run_attempt(bundle: Bundle, entry: Callable[..., None], arguments: tuple[Any, ...], attempt: int) -> Ended:
     """One group of ranks from start to end; each calls ``entry(*arguments)`` with torchrun's environment."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -103,7 +103,6 @@ def _launch_config(bundle: Bundle) -> Any:
     from torch.distributed.launcher.api import LaunchConfig
 
     config = bundle.config
-    logs = bundle.folder / "logs" / "agent"
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -116,7 +115,7 @@ def _launch_config(bundle: Bundle) -> Any:
         max_restarts=0,
         monitor_interval=MONITOR_S,
         start_method="forkserver",
-        logs_specs=DefaultLogsSpecs(log_dir=str(logs)),
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         shutdown_timeout=round(config.cluster.grace_s),
     )
 
@@ -129,7 +128,9 @@ def _port(config: ComputeConfig) -> int:
             probe.bind(("127.0.0.1", config.master_port))
         except OSError as error:
             rule = f"cannot be used on this machine ({error.strerror})"
-            raise ConfigError("compute.master_port", config.master_port, rule, "another port, or 0 for a free one") from None
+            raise ConfigError(
+                "compute.master_port", config.master_port, rule, "another port, or 0 for a free one"
+            ) from None
         return probe.getsockname()[1]
 
 

@@ -1,4 +1,4 @@
-"""Which sample comes at which step: pure functions of the config, without I/O and without a thought for worker processes.
+"""Which sample comes at which step: pure functions of the config, without I/O, blind to loader processes.
 
 Every sample of an epoch stands in exactly one step. The steps of an epoch differ by at most one sample, so none is
 tiny and none is dropped; a step is cut into contiguous slices, one a rank, which again differ by at most one.
@@ -60,9 +60,11 @@ class TrainPlan:
         """Refuse a world in which some rank has no sample in some part of some step."""
         smallest = self.num_samples // self.steps_per_epoch
         if smallest < world_size * accumulate:
-            rule = (f"leaves steps of {smallest} images ({self.num_samples} samples in {self.steps_per_epoch} steps) "
-                    f"for {world_size} processes x {accumulate} parts")  # fmt: skip
-            way_out = f"fewer processes, or recipe.global_batch_size of at least {world_size * accumulate} and as many samples"
+            rule = (
+                f"leaves steps of {smallest} images ({self.num_samples} samples in {self.steps_per_epoch} steps) "
+                f"for {world_size} processes x {accumulate} parts"
+            )
+            way_out = f"fewer processes, or at least {world_size * accumulate} images a step"
             raise ConfigError("recipe.global_batch_size", self.global_batch_size, rule, way_out)
 
 

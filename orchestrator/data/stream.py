@@ -90,7 +90,8 @@ class ShardReader:
         descriptor, members = self._shard(shard_number)
         row = id - int(self._starts[shard_number])
         offset, size = int(members.image_offset[row]), int(members.image_size[row])
-        place = f"{self._index.shards[shard_number].location}, member {members.keys[row]}.{members.extension[row]}, offset {offset}"
+        member = f"{members.keys[row]}.{members.extension[row]}"
+        place = f"{self._index.shards[shard_number].location}, member {member}, offset {offset}"
         image = os.pread(descriptor, size, offset)
         if len(image) != size:
             raise DataError(

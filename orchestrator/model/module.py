@@ -1,4 +1,4 @@
-"""The LightningModule over a network: uint8 batches in, a loss out that makes gradients independent of the world size."""
+"""The LightningModule over a network: uint8 batches in, a loss out whose gradients do not depend on the world size."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ MODEL = "model.safetensors"
 EMA = "ema.safetensors"
 OPTIMIZER = "optimizer.pt"
 LATEST = "latest.json"
+OTHER_CHECKPOINT = "Way out: use another checkpoint; ID:last takes the newest whole one"
 
 
 @dataclass(slots=True)
@@ -78,12 +79,12 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
 def hash_state(state: TrainState, step: int) -> str:
-    """The same over model, moving average, optimizer and loss scale. Schedule and random numbers are functions of `step`."""
+    """The same over model, moving average, optimizer and loss scale; schedule and random numbers follow from `step`."""
     digest = hashlib.sha256(f"{step}\0{hash_tensors(state.model)}\0{hash_tensors(state.ema or {})}".encode())
     for key, value in _leaves({"optimizer": state.optimizer, "scaler": state.scaler}):
         content = hash_tensors({key: value}) if isinstance(value, torch.Tensor) else repr(value)
@@ -205,7 +206,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read the manifest alone, for a rank whose first one has verified the files."""
     if not folder.is_dir():
-        raise CheckpointError(f"checkpoint {folder} does not exist. Way out: name a folder such as runs/ID/checkpoints/step_00000120, or ID:best")  # fmt: skip
+        way_out = "name a folder such as runs/ID/checkpoints/step_00000120, or ID:best"
+        raise CheckpointError(f"checkpoint {folder} does not exist. Way out: {way_out}")
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         manifest["files"]
@@ -214,7 +216,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"{folder / MANIFEST} cannot be read ({error}). Way out: use another checkpoint"
         ) from None
     if manifest.get("schema") != SCHEMA:
-        raise CheckpointError(f"{folder} has schema {manifest.get('schema')}, this version reads {SCHEMA}. Way out: use the version that wrote it")  # fmt: skip
+        found = f"has schema {manifest.get('schema')}, this version reads {SCHEMA}"
+        raise CheckpointError(f"{folder} {found}. Way out: use the version that wrote it")
     return Checkpoint(folder, manifest)
 
 
@@ -222,9 +225,9 @@ def _verify_file(path: Path, facts: Mapping[str, Any]) -> None:
     size = path.stat().st_size if path.is_file() else None
     if size != facts["bytes"]:
         found = "is missing" if size is None else f"has {size} of {facts['bytes']} bytes"
-        raise CheckpointError(f"{path} {found}. Way out: use another checkpoint; ID:last takes the newest whole one")
+        raise CheckpointError(f"{path} {found}. {OTHER_CHECKPOINT}")
     if _hash_file(path) != facts["sha256"]:
-        raise CheckpointError(f"{path} was damaged: its sha256 is not the manifest's. Way out: use another checkpoint; ID:last takes the newest whole one")  # fmt: skip
+        raise CheckpointError(f"{path} was damaged: its sha256 is not the manifest's. {OTHER_CHECKPOINT}")
 
 
 def newest(root: Path) -> Checkpoint | None:

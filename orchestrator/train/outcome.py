@@ -1,4 +1,4 @@
-"""What a run leaves besides its checkpoints: `result.json`, `evaluation.json`, pictures of samples, and the W&B mirror's end."""
+"""What a run leaves besides checkpoints: `result.json`, `evaluation.json`, pictures, the end of its mirror."""
 
 from __future__ import annotations
 

@@ -42,8 +42,9 @@ def open_sets(config: RunConfig) -> Sets:
     train, val = load_index(config.data.train), load_index(config.data.val)
     if train.classes != val.classes:
         raise DataError(
-            f"data.val = {config.data.val}: its {val.num_classes} classes are not the {train.num_classes} of data.train "
-            f"({_first_difference(train.classes, val.classes)}). Way out: pack both splits with one `orchestrator shards make`"
+            f"data.val = {config.data.val}: its {val.num_classes} classes are not the {train.num_classes} of "
+            f"data.train ({_first_difference(train.classes, val.classes)}). "
+            "Way out: pack both splits with one `orchestrator shards make`"
         )
     return Sets(train, val, head_size(config, train))
 

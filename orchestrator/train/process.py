@@ -17,6 +17,8 @@ from typing import IO
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import rendezvous
 
 from orchestrator.config import ComputeConfig, Device
 from orchestrator.errors import ConfigError, OrchestratorError, StopRequested
@@ -76,13 +78,20 @@ def join_group(world: World, device: torch.device) -> dist.ProcessGroup | None:
     """Meet the other ranks; returns the CPU group for flags and counts, None for a process alone."""
     if world.world_size == 1:
         return None
-    store, _, _ = next(dist.rendezvous("env://", timeout=GROUP_TIMEOUT))
+    store, _, _ = next(rendezvous("env://", timeout=GROUP_TIMEOUT))
     # The agent's store outlives an attempt: without a prefix the new ranks would read the dead ranks' addresses.
-    store = dist.PrefixStore(f"attempt_{world.attempt}", store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    options = {"device_id": device} if device.type == "cuda" else {}
-    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size, **options)
-    return dist.new_group(backend="gloo")
+    store = PrefixStore(f"attempt_{world.attempt}", store)
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=world.rank,
+        world_size=world.world_size,
+        device_id=device if on_gpu else None,
+    )
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def prepare_arithmetic(config: ComputeConfig, device: torch.device) -> None:

@@ -1,0 +1,28 @@
+"""One rank of an evaluation.
+
+orchestrator evaluate checkpoint=quickstart-1a2b3c4d:best
+torchrun --nproc-per-node 3 -m jobs.evaluate runs/evaluate-5e6f7a8b/run.json     # again, by hand
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from orchestrator.bundle import load_bundle
+from orchestrator.train.evaluation_job import run_evaluation
+from orchestrator.train.process import supervise
+from orchestrator.world import read_world
+
+
+def rank(bundle_path: str, attempt: int, began: float) -> None:
+    """What the launcher calls in each process; ends it with the contract's exit code."""
+    bundle, world = load_bundle(Path(bundle_path)), read_world()
+    code = supervise(bundle.folder, world, attempt, lambda _: run_evaluation(bundle, world, began))
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    rank(sys.argv[1], 1, time.time())
