@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.track.redact import without_secrets
 
 if TYPE_CHECKING:
-    from wandb import Artifact, Run
+    from wandb import Run
 
 MAX_CELLS = 10_000
 """Rows that a W&B table shows."""
 
 
-def checkpoint_artifact(name: str, folder: Path, metadata: Mapping[str, Any]) -> Artifact:
-    """A checkpoint folder as an artifact of type `model`, read from where it lies."""
+def add_checkpoint(run: Run, name: str, folder: Path, aliases: Sequence[str], metadata: Mapping[str, Any]) -> None:
+    """A checkpoint folder as an artifact of type `model`, uploaded from where it lies."""
     import wandb
 
     artifact = wandb.Artifact(name, type="model", metadata=dict(metadata))
     for file in sorted(p for p in folder.iterdir() if p.is_file()):
         artifact.add_file(str(file), name=file.name, policy="immutable", skip_cache=True)
-    return artifact
+    run.log_artifact(artifact, aliases=list(aliases))
 
 
 def add_shard_index(run: Run, data: Mapping[str, Mapping[str, Any]]) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 Event = dict[str, Any]
+
+PER_STEP = frozenset({"step", "eval", "save"})
+"""Kinds of events that an attempt repeats when it goes back to a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,26 +80,24 @@ def read_events(path: Path) -> list[Event]:
 def history(events: Iterable[Event]) -> list[Event]:
     """Each step once: what a later attempt did again replaces what an earlier one had done.
 
-    An attempt's `start` at step s takes back the steps beyond s; so does a step that is not beyond the last one.
+    An attempt that resumes at step s takes back what the earlier ones recorded beyond s.
     """
     kept: list[Event] = []
-    attempt: int | None = None
+    attempt: object = None
     for event in events:
-        if event.get("attempt", attempt) != attempt or event.get("kind") == "start":
-            kept = [e for e in kept if _before(e, _first_step(event))]
-            attempt = event.get("attempt")
+        if event.get("attempt", attempt) != attempt:
+            attempt = event["attempt"]
+            resumed = resumed_step(event)
+            kept = [e for e in kept if e["kind"] not in PER_STEP or e.get("step", 0) <= resumed]
         kept.append(event)
     return kept
 
 
-def _first_step(event: Event) -> float:
-    """The step that an attempt resumed from, told by its first event: `start` at s, or the first step done, s + 1."""
-    step = event.get("step", 0)
-    return step if event.get("kind") == "start" else step - 1
-
-
-def _before(event: Event, step: float) -> bool:
-    return event.get("kind") not in {"step", "eval", "save"} or event.get("step", 0) <= step
+def resumed_step(first: Event) -> float:
+    """The step at which an attempt went on, by its first event: a `start` at s, or something done in a later step."""
+    if "step" not in first:
+        return math.inf
+    return first["step"] if first["kind"] == "start" else first["step"] - 1
 
 
 def series(events: Iterable[Event], kind: str, key: str) -> tuple[list[float], list[float]]:

@@ -3,7 +3,8 @@
 Facts about wandb 0.31 that shape this module: `wandb.init` blocks until the server answers; its service process refuses
 a run id that a failed `init` still holds, so the service is ended before the offline start; a run that cannot upload
 keeps `finish` waiting unless `finish_timeout` is set; and its own telemetry calls the server even from offline runs and
-holds up the exit of the process, so it is turned off.
+holds up the exit of the process, and its import hooks raise inside other people's imports when the service has died:
+both are turned off.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ def open_online(plan: Plan, finishing: threading.Event) -> Run | None:
     if opened:
         return opened[0]
     logger.warning("W&B is not reachable (%s): this run goes on offline", (reasons or ["no answer in time"])[0])
-    end_service()
-    thread.join(5.0)
+    end_service(patience_s=2.0)
+    thread.join(2.0)
     for folder in set(_folders(plan)) - before:
         shutil.rmtree(folder, ignore_errors=True)
     return None
@@ -81,12 +82,28 @@ def _wait_for(thread: threading.Thread, timeout_s: float, finishing: threading.E
             finishing = threading.Event()
 
 
-def end_service() -> None:
-    """End wandb's service: it would refuse the same run id while the failed start still holds it."""
+def end_service(patience_s: float = UPLOAD_TIMEOUT_S) -> None:
+    """End wandb's service process, by force when it does not end in time.
+
+    While it lives, it refuses the run id of a start that failed, and holds the output streams of this process open.
+    """
+    from wandb.sdk import wandb_setup
+
     import wandb
 
+    connection = getattr(wandb_setup._singleton, "_connection", None)
+    process = getattr(getattr(connection, "_proc", None), "_process", None)
+    thread = threading.Thread(target=_silently, args=(wandb.teardown,), name="wandb-teardown", daemon=True)
+    thread.start()
+    thread.join(patience_s)
+    if thread.is_alive() and process is not None:
+        process.kill()
+        thread.join(patience_s)
+
+
+def _silently(action: Callable[[], object]) -> None:
     try:
-        wandb.teardown()
+        action()
     except (Exception, SystemExit) as error:
         logger.debug("wandb.teardown: %s", error)
 
@@ -103,6 +120,8 @@ def _folders(plan: Plan) -> list[Path]:
 
 
 def init_run(plan: Plan, mode: str) -> Run:
+    from wandb.sdk.lib import import_hooks
+
     import wandb
 
     plan.run_folder.joinpath("wandb").mkdir(parents=True, exist_ok=True)
@@ -120,6 +139,7 @@ def init_run(plan: Plan, mode: str) -> Run:
         config=without_secrets(dict(plan.run_config)),
         settings=_settings(plan),
     )
+    import_hooks.unregister_all_post_import_hooks()
     run.define_metric("global_step")
     run.define_metric("*", step_metric="global_step")
     return run

@@ -1,4 +1,4 @@
-"""The mirror of a run in Weights & Biases: a background thread does all of it, so that training never waits."""
+"""The mirror of a run in Weights & Biases: background threads do all of it, so that training never waits."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import os
 import queue
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from orchestrator.config import TrackingConfig, TrackingMode
-from orchestrator.track.artifacts import add_confusion, add_shard_index, checkpoint_artifact
+from orchestrator.track.artifacts import add_checkpoint, add_confusion, add_shard_index
 from orchestrator.track.runs import load_run
 from orchestrator.track.session import (
     UPLOAD_TIMEOUT_S,
@@ -27,15 +28,21 @@ from orchestrator.track.session import (
 
 if TYPE_CHECKING:
     from pytorch_lightning.loggers import WandbLogger
+
     from wandb import Run
 
 logger = logging.getLogger(__name__)
+
+ARTIFACT_TIMEOUT_S = 8.0
+"""How long the end of a run waits for the server to take artifacts on; their upload comes after."""
+
+FINISH_TIMEOUT_S = ARTIFACT_TIMEOUT_S + UPLOAD_TIMEOUT_S + 2.0
 
 Task = Callable[["WandbLogger"], None]
 
 
 class Tracker(Protocol):
-    """What training needs of a mirror; every call returns at once."""
+    """What training needs of a mirror; every call but `finish` returns at once."""
 
     @property
     def url(self) -> str | None: ...
@@ -46,7 +53,7 @@ class Tracker(Protocol):
     def log_confusion(self, matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> None: ...
     def log_checkpoint(self, folder: Path, aliases: Sequence[str], metadata: Mapping[str, Any]) -> None: ...
     def summary(self, values: Mapping[str, Any]) -> None: ...
-    def finish(self, timeout_s: float = ..., exit_code: int = ...) -> str | None: ...
+    def finish(self, timeout_s: float = FINISH_TIMEOUT_S, exit_code: int = 0) -> str | None: ...
 
 
 class NullTracker:
@@ -73,7 +80,8 @@ def start(
 ) -> Tracker:
     """Begin to mirror a run; called by rank 0 alone, once per attempt.
 
-    `on_url` is called from the background thread as soon as an online run has an address.
+    `on_url` is called from the background thread as soon as an online run has an address. The shard sets are taken from
+    the `data` of run.json.
     """
     if config.mode is TrackingMode.disabled:
         return NullTracker()
@@ -87,6 +95,7 @@ class _Outcome:
     url: str | None = None
     folder: Path | None = None
     uploaded: bool = False
+    exit_code: int = 0
     warned: set[str] = field(default_factory=set)
 
 
@@ -98,7 +107,7 @@ class WandbTracker:
         self._outcome = _Outcome()
         self._queue: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._finishing = threading.Event()
-        self._exit_code = 0
+        self._aside: list[threading.Thread] = []
         self._thread = threading.Thread(target=self._mirror, name="wandb-mirror", daemon=True)
         self._thread.start()
 
@@ -124,7 +133,7 @@ class WandbTracker:
 
     def log_confusion(self, matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> None:
         """Queue the confusion matrix (rows = true class) as a chart of at most 10,000 cells."""
-        self._queue.put(lambda mirror: add_confusion(mirror.experiment, matrix, class_names))
+        self._queue.put(lambda m: self._set_aside(lambda: add_confusion(m.experiment, matrix, class_names)))
 
     def log_checkpoint(self, folder: Path, aliases: Sequence[str], metadata: Mapping[str, Any]) -> None:
         """Queue a checkpoint folder as an artifact of type `model`; the folder may be deleted afterwards."""
@@ -132,16 +141,16 @@ class WandbTracker:
         if not self._try("keep a checkpoint", lambda: _keep(folder, kept)):
             return
         name, names, facts = f"model-{self._plan.run_id}", list(aliases), dict(metadata)
-        self._queue.put(lambda m: _log_artifact(m.experiment, checkpoint_artifact(name, kept, facts), names))
+        self._queue.put(lambda m: self._set_aside(lambda: add_checkpoint(m.experiment, name, kept, names, facts)))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Queue figures that stand for the whole run."""
         row = plain_row(values)
         self._queue.put(lambda mirror: mirror.experiment.summary.update(row))
 
-    def finish(self, timeout_s: float = UPLOAD_TIMEOUT_S + 10.0, exit_code: int = 0) -> str | None:
+    def finish(self, timeout_s: float = FINISH_TIMEOUT_S, exit_code: int = 0) -> str | None:
         """End the W&B run within `timeout_s`; returns the command that uploads what the server has not got, if any."""
-        self._exit_code = exit_code
+        self._outcome.exit_code = exit_code
         self._queue.put(None)
         self._finishing.set()
         self._thread.join(timeout_s)
@@ -149,7 +158,8 @@ class WandbTracker:
             return None
         if self._outcome.folder is None:
             return "W&B did not start: this attempt is recorded in the run folder only"
-        return f"wandb sync {self._outcome.folder}"
+        live = "--include-online " if self._outcome.url else ""
+        return f"wandb sync {live}{self._outcome.folder}"
 
     def _mirror(self) -> None:
         self._try("turn its telemetry off", turn_telemetry_off)
@@ -157,9 +167,7 @@ class WandbTracker:
         self._try("start", lambda: runs.append(self._open()))
         if not runs:
             return
-        from pytorch_lightning.loggers import WandbLogger
-
-        mirror = WandbLogger(project=self._plan.config.project, experiment=runs[0])
+        mirror = _lightning_logger(self._plan.config.project, runs[0])
         while (task := self._queue.get()) is not None:
             self._try("log", lambda task=task: task(mirror))
         self._outcome.uploaded = self._try("finish", lambda: self._close(runs[0])) and self._outcome.url is not None
@@ -175,6 +183,12 @@ class WandbTracker:
             return False
         return True
 
+    def _set_aside(self, action: Callable[[], Any]) -> None:
+        """Do what waits for the server's answer in a thread of its own, so that metrics flow on."""
+        thread = threading.Thread(target=lambda: self._try("log an artifact", action), daemon=True)
+        thread.start()
+        self._aside.append(thread)
+
     def _open(self) -> Run:
         live = open_online(self._plan, self._finishing) if self._plan.config.mode is TrackingMode.online else None
         run = live or init_run(self._plan, "offline")
@@ -182,20 +196,25 @@ class WandbTracker:
         if live is not None and live.url:
             self._outcome.url = live.url
             self._try("tell its address", lambda: self._plan.on_url and self._plan.on_url(str(live.url)))
-        self._try("record the shards", lambda: add_shard_index(run, load_run(self._plan.run_folder).data))
+        self._set_aside(lambda: add_shard_index(run, load_run(self._plan.run_folder).data))
         return run
 
     def _close(self, run: Run) -> None:
+        end = time.monotonic() + ARTIFACT_TIMEOUT_S
+        for thread in self._aside:
+            thread.join(max(0.0, end - time.monotonic()))
         try:
-            run.finish(exit_code=self._exit_code)
+            run.finish(exit_code=self._outcome.exit_code)
             if not run.offline:
                 shutil.rmtree(self._plan.run_folder / "wandb" / "checkpoints", ignore_errors=True)
         finally:
             end_service()
 
 
-def _log_artifact(run: Run, artifact: Any, aliases: list[str]) -> None:
-    run.log_artifact(artifact, aliases=aliases)
+def _lightning_logger(project: str, run: Run) -> WandbLogger:
+    from pytorch_lightning.loggers import WandbLogger
+
+    return WandbLogger(project=project, experiment=run)
 
 
 def plain_row(metrics: Mapping[str, Any]) -> dict[str, Any]:
