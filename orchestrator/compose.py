@@ -7,10 +7,13 @@ from copy import deepcopy
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from orchestrator.config import GROUPS, RunConfig, from_dict, to_dict
+from orchestrator.config import GROUPS, INF, RunConfig, from_dict, to_dict
 from orchestrator.errors import ConfigError, UserError, nearest
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 ROOT_FILE = "config"
 CHOICES = (*GROUPS, "experiment")
@@ -56,6 +59,7 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> Compo
     Raises ConfigError for anything that a user can mistype: grammar, key, group, choice, type, rule.
     """
     search = [conf_dir(), *(_existing(folder) for folder in config_dirs)]
+    _require_own_files(search)
     for override in _parse(overrides):
         _check_override(override, search)
     plain, sources = _compose_plain(list(overrides), search)
@@ -73,6 +77,30 @@ def _existing(folder: Path) -> Path:
             "--config-dir", folder, "is not a folder", "name a folder with groups such as model/mine.yaml"
         )
     return folder.resolve()
+
+
+def _require_own_files(search: Sequence[Path]) -> None:
+    """The user's files hold mappings and have new names: of two files with one name, Hydra ignores one in silence."""
+    for number, folder in enumerate(search[1:], start=1):
+        for path in sorted(path for group in CHOICES for path in folder.glob(f"{group}/*.yaml")):
+            name = path.relative_to(folder)
+            taken = [earlier / name for earlier in search[:number] if (earlier / name).exists()]
+            if taken:
+                raise ConfigError("--config-dir", path, f"has the name of {taken[0]}", "give it another name")
+            _load(path)
+
+
+def _load(path: Path) -> DictConfig:
+    from omegaconf import DictConfig, OmegaConf
+    from yaml import YAMLError
+
+    try:
+        content = OmegaConf.load(path)
+    except (YAMLError, OSError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {error}. Way out: mend that place") from None
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{path} holds a list. Way out: write key: value lines")
+    return content
 
 
 def _parse(overrides: Sequence[str]) -> list[Any]:
@@ -93,7 +121,10 @@ def _parse(overrides: Sequence[str]) -> list[Any]:
 
 def _check_override(override: Any, search: Sequence[Path]) -> None:
     key = override.key_or_group
-    if override.is_delete() or override.package is not None:
+    if key not in CHOICES:
+        _check_key(key, override.value())
+    adds = override.is_add() or (override.is_force_add() and key in CHOICES)
+    if adds or override.is_delete() or override.package is not None:
         raise ConfigError(key, override.input_line, "only key=value is taken", f"write {key}=VALUE")
     if override.is_sweep_override():
         raise ConfigError(
@@ -103,31 +134,32 @@ def _check_override(override: Any, search: Sequence[Path]) -> None:
             f"give {key} one value",
         )
     if key in CHOICES:
-        _check_choice(key, str(override.value()), search)
-    else:
-        _check_key(key, override.value())
+        _check_choice(key, override.value(), search)
 
 
-def _check_choice(group: str, choice: str, search: Sequence[Path]) -> None:
+def _check_choice(group: str, choice: Any, search: Sequence[Path]) -> None:
     known = choices(group, search)
-    if choice not in known and not (group == "experiment" and choice == "None"):
-        raise ConfigError(group, choice, f"is no file of conf/{group}/", nearest(choice, known))
+    if choice not in known:
+        raise ConfigError(group, choice, f"is no file of conf/{group}/", nearest(str(choice), known))
 
 
 def _check_key(key: str, value: Any) -> None:
     kind: Any = RunConfig
-    parts = key.split(".")
-    for i, part in enumerate(parts):
+    for part in key.split("."):
         hints = get_type_hints(kind) if is_dataclass(kind) else {}
         if part not in hints:
-            whole = [".".join([*parts[:i], name]) for name in hints] + ([] if i else list(CHOICES))
-            hint = nearest(key, whole or leaf_keys())
-            raise ConfigError(key, value, "is not a key of the config", f"{hint} (orchestrator train --cfg lists all)")
+            way_out = f"{_nearest_key(key)} (orchestrator train --cfg lists all)"
+            raise ConfigError(key, value, "is not a key of the config", way_out)
         kind = hints[part]
-    if is_dataclass(kind):
-        raise ConfigError(
-            key, value, "is a whole group", f"set one of its keys, such as {key}.{next(iter(get_type_hints(kind)))}"
-        )
+
+
+def _nearest_key(key: str) -> str:
+    """The key that was meant: one of that name in some group (`lr`: `optimizer.lr`), else the nearest by spelling."""
+    known, last = leaf_keys(), key.rpartition(".")[2]
+    same_end = [name for name in known if name.endswith(f".{last}")]
+    if same_end:
+        return f"did you mean {' or '.join(map(repr, same_end))}?"
+    return nearest(key, {*known, *CHOICES})
 
 
 def leaf_keys(kind: Any = RunConfig, prefix: str = "") -> list[str]:
@@ -147,7 +179,8 @@ def _compose_plain(overrides: list[str], search: Sequence[Path]) -> tuple[dict[s
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    extra = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in search[1:])}]"] if search[1:] else []
+    places = ",".join(_quote(f"file://{folder}") for folder in search[1:])
+    extra = [f"hydra.searchpath=[{places}]"] if places else []
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(search[0]), version_base="1.3"):
@@ -155,10 +188,19 @@ def _compose_plain(overrides: list[str], search: Sequence[Path]) -> tuple[dict[s
             loader = GlobalHydra.instance().config_loader()
             order = loader.compute_defaults_list(ROOT_FILE, overrides + extra, RunMode.RUN).defaults
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"{' '.join(overrides)}: {str(error).strip()}") from None
+    except OmegaConfBaseException as error:
+        way_out = f"give {error.full_key} a value of its own"
+        raise ConfigError(str(error.full_key), "(unresolved)", str(error.msg).splitlines()[0], way_out) from None
+    except HydraException as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(f"{' '.join(overrides)}: {reason}. Way out: mend that override or the file it names") from None
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}, _sources(order, overrides, search)
+
+
+def _quote(text: str) -> str:
+    """As a string of Hydra's override grammar."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _sources(order: Sequence[Any], overrides: Sequence[str], search: Sequence[Path]) -> dict[str, str]:
@@ -183,10 +225,9 @@ def _file_of(config_path: str | None, search: Sequence[Path]) -> Path | None:
 
 
 def _keys_of(path: Path, prefix: str) -> Iterator[str]:
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
 
-    content = OmegaConf.load(path)
-    assert isinstance(content, DictConfig)
+    content = _load(path)
     content.pop("defaults", None)
     yield from flatten(OmegaConf.to_container(content), prefix)  # pyright: ignore[reportArgumentType]
 
@@ -204,16 +245,22 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def render(composed: Composed) -> str:
     """The config as YAML, each value with the file it came from in a comment."""
-    from omegaconf import OmegaConf
+    lines = list(_lines(to_dict(composed.config)))
+    width = min(64, max(len(line) for line, _ in lines))
+    sources = ((line, composed.sources.get(key)) for line, key in lines)
+    return "\n".join(f"{line:<{width}}  # {source}" if source else line for line, source in sources)
 
-    lines = OmegaConf.to_yaml(OmegaConf.create(to_dict(composed.config))).splitlines()
-    width = min(64, max(len(line) for line in lines))
-    shown, group = [], ""
-    for line in lines:
-        name = line.strip().split(":", 1)[0]
-        if not line.startswith((" ", "-")):
-            group = name
-        key = name if not line.startswith(" ") else f"{group}.{name}"
-        source = composed.sources.get(key)
-        shown.append(f"{line:<{width}}  # {source}" if source else line)
-    return "\n".join(shown)
+
+def _lines(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """One line of YAML and one dotted key per value, so that a comment fits behind each."""
+    from yaml import safe_dump
+
+    indent = "  " * prefix.count(".")
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield f"{indent}{name}:", prefix + name
+            yield from _lines(value, f"{prefix}{name}.")
+        else:
+            text = safe_dump(value, default_flow_style=True, allow_unicode=True, width=INF)
+            text = text.removesuffix("...\n").rstrip()  # YAML's end mark behind a bare scalar
+            yield f"{indent}{name}: {text}", prefix + name

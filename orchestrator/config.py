@@ -179,6 +179,13 @@ class DataConfig:
                 "must be [low, high] with 0 < low <= high",
                 f"e.g. data.{field}=[0.5,1.0]",
             )
+        _require(
+            self.crop_scale[1] <= 1,
+            "data.crop_scale",
+            self.crop_scale,
+            "must end at 1 or below: a crop is a share of the image's area",
+            f"data.crop_scale=[{min(1, self.crop_scale[0]):g},1.0]",
+        )
         for field in ("mean", "std"):
             _require(
                 len(getattr(self, field)) == 3,
@@ -310,7 +317,7 @@ class RecipeConfig:
             final_factor=(0, 1),
             step_factor=(0, 1),
             label_smoothing=(0, 0.99),
-            ema_decay=(0, 1),
+            ema_decay=(0, 0.999999),
             ema_every_steps=(1, INF),
             clip_norm=(0, INF),
         )
@@ -320,6 +327,13 @@ class RecipeConfig:
             self.warmup_epochs,
             f"must not exceed recipe.epochs = {self.epochs}",
             "shorten the warm-up or train longer",
+        )
+        _require(
+            self.step_epochs == sorted({epoch for epoch in self.step_epochs if epoch >= 1}),
+            "recipe.step_epochs",
+            self.step_epochs,
+            "must be rising epochs from 1 up",
+            "e.g. recipe.step_epochs=[30,60]",
         )
 
 
@@ -525,7 +539,7 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
         return _member(value, hint, key)
     if get_origin(hint) is list:
         if not isinstance(value, list):
-            raise ConfigError(key, value, "must be a list", f"e.g. {key}=[1,2]")
+            raise ConfigError(key, value, "must be a list", f"write {key}=[{value}]")
         return [_typed(item, get_args(hint)[0], key) for item in value]
     return _scalar(value, hint, key)
 
@@ -540,8 +554,8 @@ def _member(value: Any, kind: type[Enum], key: str) -> Enum:
 
 def _scalar(value: Any, kind: type, key: str) -> Any:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is float and is_number and isfinite(value):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    if kind is float and is_number:
         return float(value)
     if kind is int and is_number and value == int(value):
         return int(value)
