@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ def freeze(composed: Composed) -> Bundle:
 def run_id(config: RunConfig) -> str:
     """``name-XXXXXXXX`` from the content of the config without the keys that may change between attempts."""
     plain = to_dict(config)
+    for split in ("train", "val"):
+        plain["data"][split] = plain["data"][split].removeprefix(f"{config.data_dir}/")
     for key in MAY_CHANGE:
         *path, last = key.split(".")
         node = plain
@@ -84,17 +86,19 @@ def write_bundle(bundle: Bundle, path: Path, data: Mapping[str, Any]) -> None:
 def load_bundle(path: Path) -> Bundle:
     """Read ``run.json``; the config is checked again and must still have its hash."""
     content = read_json(path)
-    if content.get("schema") != SCHEMA:
-        raise UserError(
-            f"{path} has schema {content.get('schema')}, this version reads {SCHEMA}. Way out: submit again"
-        )
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise UserError(f"{path} has schema {schema}, this version reads {SCHEMA}. Way out: submit again")
+    names = [field.name for field in fields(Bundle)]
+    missing = [name for name in names if name not in content]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}. Way out: submit again, or restore the file")
     config = from_dict(content["config"])
     if _hash_json(to_dict(config)) != content["config_hash"]:
         raise UserError(f"{path} was edited: its config no longer has the hash {content['config_hash'][:12]}. "
                         "Way out: give the change as key=value to a new run")  # fmt: skip
-    names = Bundle.__dataclass_fields__
-    fields = {key: value for key, value in content.items() if key in names}
-    return Bundle(**{**fields, "config": config, "overrides": tuple(content["overrides"])})
+    facts = {name: content[name] for name in names}
+    return Bundle(**{**facts, "config": config, "overrides": tuple(content["overrides"])})
 
 
 def _hash_json(value: Mapping[str, Any]) -> str:
