@@ -6,11 +6,15 @@ import errno
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import NodeError, UserError
+
+CLOSED = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 @contextmanager
@@ -24,10 +28,10 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"{path}: no space left on the disk. Way out: free space, or set runs_dir to another disk; "
                 "the same command goes on from the last checkpoint"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno in CLOSED:
             raise UserError(
-                f"{path}: cannot be written ({error.strerror}). Way out: mend its permissions, or write to a folder of "
-                "yours (runs_dir=... for runs)"
+                f"{path}: cannot be written ({error.strerror}). Way out: mend what stands in the way, or write to a "
+                "folder of yours (runs_dir=... for runs)"
             ) from error
         raise
 
@@ -44,7 +48,8 @@ def write_atomic(path: Path, content: bytes) -> None:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder itself may be what failed, and that error is the one to show
+            temporary.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
