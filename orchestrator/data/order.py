@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import accumulate
 
 import numpy as np
 
@@ -58,19 +59,22 @@ class TrainPlan:
 
     def require_fits(self, world_size: int, accumulate: int) -> None:
         """Refuse a world in which some rank has no sample in some part of some step."""
-        smallest = self.num_samples // self.steps_per_epoch
-        if smallest < world_size * accumulate:
+        smallest, needed = self.num_samples // self.steps_per_epoch, world_size * accumulate
+        if smallest < needed:
             rule = (
                 f"leaves steps of {smallest} images ({self.num_samples} samples in {self.steps_per_epoch} steps) "
                 f"for {world_size} processes x {accumulate} parts"
             )
-            way_out = f"fewer processes, or at least {world_size * accumulate} images a step"
+            way_out = "fewer processes or parts"
+            if self.num_samples >= needed:
+                batch = -(-self.num_samples // (self.num_samples // needed))
+                way_out += f", or recipe.global_batch_size={batch}"
             raise ConfigError("recipe.global_batch_size", self.global_batch_size, rule, way_out)
 
 
 def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, window: int) -> np.ndarray:
     """All sample numbers of an epoch, (N,) int64: shards permuted, then samples shuffled within windows of shards."""
-    starts = np.concatenate([[0], np.cumsum(shard_sizes)])
+    starts = [0, *accumulate(shard_sizes)]
     rng = keyed_rng(seed, epoch, "order")
     shards = rng.permutation(len(shard_sizes))
     order = []

@@ -10,14 +10,15 @@ import os
 import signal
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import webdataset as wds
 from torch.utils.data import DataLoader, get_worker_info
+from webdataset.pipeline import DataPipeline
 
 from orchestrator.config import DataConfig, OnBad
 from orchestrator.data.fetch import local_path
@@ -39,7 +40,7 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # (B,) int64
     ids: torch.Tensor  # (B,) int64 sample numbers, PAD for rows without weight
     step_size: int
-    """Samples of the whole step over all ranks."""
+    """Training: samples of the whole step over all ranks. Evaluation: of this batch."""
     skipped: int
     """Unreadable samples that `data.on_bad=skip` left out of this batch."""
 
@@ -137,9 +138,10 @@ def _of_this_worker(units: range) -> range:
     return units[worker.id :: worker.num_workers] if worker else units
 
 
-def _read(reader: ShardReader, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
-    for request in requests:
-        yield request, [reader.read(int(id)) for id in request.ids]
+def _read(index: ShardIndex, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
+    with closing(ShardReader(index)) as reader:
+        for request in requests:
+            yield request, [reader.read(int(id)) for id in request.ids]
 
 
 def _assemble(
@@ -157,8 +159,8 @@ def _assemble(
                 images[good], labels[good], ids[good] = pixels(image, request, sample.id), sample.label, sample.id
                 good += 1
         rows = good if request.rows == len(samples) and good else request.rows
-        tensors = (torch.from_numpy(array[:rows]) for array in (images, labels, ids))
-        yield Batch(*tensors, request.step_size, len(samples) - good)
+        images, labels, ids = (torch.from_numpy(array[:rows]) for array in (images, labels, ids))
+        yield Batch(images, labels, ids, request.step_size, len(samples) - good)
 
 
 def _decode(sample: Sample, split: Split) -> np.ndarray | None:
@@ -190,11 +192,11 @@ def _errors_as_items(items: Iterator[Batch]) -> Iterator[Batch | OrchestratorErr
 class Loader:
     """Batches of one rank; iterating starts the loader processes, and `wait_s` sums the time spent waiting for them."""
 
-    def __init__(self, pipeline: wds.DataPipeline, length: int, config: DataConfig, pin_memory: bool):
+    def __init__(self, pipeline: DataPipeline, length: int, config: DataConfig, pin_memory: bool):
         self._length, self.wait_s = length, 0.0
         workers = config.num_workers
         self._loader = DataLoader(
-            pipeline,
+            pipeline,  # pyright: ignore[reportArgumentType] (webdataset declares a stand-in where torch is missing)
             batch_size=None,
             num_workers=workers,
             prefetch_factor=config.prefetch_batches if workers else None,
@@ -242,10 +244,10 @@ def eval_loader(plan: EvalPlan, split: Split, pin_memory: bool) -> Loader:
 
 def _pipeline(
     split: Split, requests: Callable[[], Iterator[Request]], pixels: Callable[[np.ndarray, Request, int], np.ndarray]
-) -> wds.DataPipeline:
-    return wds.DataPipeline(
+) -> DataPipeline:
+    return DataPipeline(
         requests,
-        lambda items: _read(ShardReader(split.index), items),
+        lambda items: _read(split.index, items),
         lambda items: _assemble(items, split, pixels),
         _errors_as_items,
     )

@@ -63,7 +63,7 @@ def _random_box(width: int, height: int, config: DataConfig, rng: np.random.Gene
     """Inception's crop: a share of the area and a ratio drawn until the box fits, else the largest central one."""
     low, high = (math.log(bound) for bound in config.crop_ratio)
     for _ in range(CROP_TRIES):
-        area = width * height * rng.uniform(*config.crop_scale)
+        area = width * height * rng.uniform(config.crop_scale[0], config.crop_scale[1])
         ratio = math.exp(rng.uniform(low, high))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
