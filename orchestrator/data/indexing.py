@@ -17,7 +17,7 @@ from PIL import Image
 
 from orchestrator.data.files import explain_disk
 from orchestrator.data.images import SHARD_FORMATS
-from orchestrator.data.index import Members, read_members
+from orchestrator.data.index import INDEX_NAME, Members, read_body, read_members
 from orchestrator.data.members import group_samples, list_first, scan_members, write_idx
 from orchestrator.data.pack import ShardFacts
 from orchestrator.data.remote import is_url
@@ -68,9 +68,11 @@ def index_tars(
 ) -> tuple[Path, dict[str, Any]]:
     """Write `.idx` beside each tar and `shards.json` beside them all; returns its folder and content.
 
-    `label` is the extension of the members that hold the class number. Raises DataError.
+    `label` is the extension of the members that hold the class number. Class names come from the file, else from an
+    older index that has enough of them, else they are the numbers. Raises DataError.
     """
     tars = find_tars(location)
+    folder = tars[0].parent
     names = read_classes(Path(classes_file)) if classes_file else None
     shards = []
     for tar in tars:
@@ -79,8 +81,8 @@ def index_tars(
     highest = max((int(number) for shard in shards for number in shard.class_counts), default=-1)
     if names is not None and len(names) <= highest:
         raise DataError(f"{classes_file}: {len(names)} names, but label {highest} is in use. Way out: a name per class")
-    folder = tars[0].parent
-    body = index_body(folder.resolve().name, names or tuple(str(i) for i in range(highest + 1)), shards)
+    names = names or _names_of_older_index(folder, highest) or tuple(str(i) for i in range(highest + 1))
+    body = index_body(folder.resolve().name, names, shards)
     if label != "cls":
         for entry in body["shardlist"]:
             entry["label"] = label
@@ -90,6 +92,17 @@ def index_tars(
         )
     write_index(folder, body)
     return folder, body
+
+
+def _names_of_older_index(folder: Path, highest: int) -> tuple[str, ...] | None:
+    """Indexing again after a change must not turn names into numbers."""
+    if not (folder / INDEX_NAME).exists():
+        return None
+    try:
+        classes = read_body(str(folder)).get("classes", [])
+    except DataError:
+        return None
+    return tuple(map(str, classes)) if isinstance(classes, list) and len(classes) > highest else None
 
 
 def _describe(tar: Path, label: str) -> ShardFacts:

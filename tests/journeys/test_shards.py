@@ -184,6 +184,9 @@ def test_tars_made_by_others_are_indexed_verified_and_shown(
     with Image.open(tmp_path / "sheet.png") as sheet:
         colours = np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)
     assert len(colours) > 10_000, "noise photos must show on the sheet"
+    assert main(["shards", "index", str(tmp_path), "--label", "id"]) == 0
+    assert load_index(str(tmp_path)) == index, "indexing again keeps the names"
+    capsys.readouterr()
     assert main(["shards", "index", str(tmp_path), "--label", "cls"]) == EXIT_USER
     assert "0 cls labels, must be 1" in capsys.readouterr().err
 
