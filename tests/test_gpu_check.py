@@ -20,7 +20,7 @@ from orchestrator.gpu_check import Check, CheckFailed, Setting
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = Setting(
-    device="cpu", arch="resnet18", image_size=64, agree_batch=8, batch=4, measure_s=0.05, compile_backend="eager"
+    device="cpu", arch="resnet18", image_size=64, agree_batch=4, batch=2, measure_s=0.05, compile_backend="eager"
 )
 CHECKS_OF_TESTS = """
 import os, time
@@ -40,6 +40,15 @@ def hang(setting, pid_file):
 """
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Compute threads that wait for each other's core make these small steps many times slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -212,7 +221,7 @@ def test_a_gradient_that_overflows_is_scaled_down_before_it_counts(monkeypatch):
 
 @pytest.mark.usefixtures("arithmetic")
 def test_memory_layouts_agree_and_are_timed():
-    figures = gpu_agreement.compare_channels_last(replace(SMALL, agree_batch=4))
+    figures = gpu_agreement.compare_channels_last(SMALL)
     assert figures["logits_error"] < 1e-4
     assert figures["speed_up"] == figures["contiguous_ms"] / figures["channels_last_ms"] > 0
 
@@ -250,7 +259,7 @@ def test_steps_with_other_bits_are_told(monkeypatch):
 
 def test_a_transfer_is_timed_and_its_bytes_compared():
     figures = gpu_bench.measure_transfer(SMALL)
-    assert figures["batch_mb"] == 4 * 3 * 64 * 64 / 1e6
+    assert figures["batch_mb"] == 2 * 3 * 64 * 64 / 1e6
     assert figures["pageable_gb_per_s"] > 0
 
 
@@ -263,7 +272,7 @@ def test_a_group_of_one_rank_reduces_and_is_left():
 @pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("variant", gpu_check.VARIANTS)
 def test_a_step_of_each_variant_is_timed(variant):
-    tiny = replace(SMALL, image_size=32)
+    tiny = replace(SMALL, arch="squeezenet1_1")
     figures = gpu_bench.measure_step(tiny, batch=2, **gpu_check.VARIANTS[variant])
     assert figures["images_per_s"] == pytest.approx(2000 / figures["step_ms"])
     assert 0 < figures["step_ms"] <= figures["step_p90_ms"]
