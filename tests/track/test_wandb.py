@@ -15,13 +15,11 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from stand_in_wandb import StandInWandb
 
 from orchestrator.config import TrackingConfig, TrackingMode
 from orchestrator.track import session
 from orchestrator.track import wandb as mirror
-
-sys.path.insert(0, str(Path(__file__).parent))
-from stand_in_wandb import StandInWandb
 
 RUN_ID = "quickstart-0123abcd"
 SECRET = "hunter2"
@@ -162,9 +160,10 @@ def test_an_online_run_reaches_the_server_with_its_lineage(tmp_path: Path, monke
         assert tracker.url == f"{server.url}/stand-in/orchestrator/runs/{RUN_ID}"
         assert p95(seconds) < 0.005
         assert logged_steps(server.history) == STEPS
-        assert server.puts["/put/a1/shards.json"].startswith(b"{")
+        dataset = 1 + [artifact["artifactTypeName"] for artifact in server.artifacts].index("dataset")
+        assert json.loads(server.puts[f"/put/a{dataset}/shards.json"])["digest"] == "d" * 64
+        assert [use["input"]["artifactID"] for use in server.used] == [f"a{dataset}"]
         assert b"weights" in server.puts.values()
-        assert [use["input"]["artifactID"] for use in server.used] == ["a1"]
         assert json.loads(server.puts["/put/wandb-summary.json"])["val/acc1"] == 0.9
         assert SECRET.encode() not in b"".join([*server.bodies, *server.puts.values()])
     assert not (tmp_path / "run/wandb/checkpoints").exists()

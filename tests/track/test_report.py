@@ -1,0 +1,209 @@
+"""The page of a run: complete, self-contained, safe and the same every time."""
+
+from __future__ import annotations
+
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from made_up_runs import MadeUpRun
+
+from orchestrator.track import sections
+from orchestrator.track.charts import PALETTE, attempt_marks, draw_charts
+from orchestrator.track.report import confusion, write_report
+from orchestrator.track.runs import RunRecord, history, load_run
+
+NASTY = "<script>alert('x')</script>"
+VOID = {"meta", "img", "br", "link", "input"}
+
+RUNS = {
+    "starting": MadeUpRun(state="starting"),
+    "running": MadeUpRun(state="running", epochs=2),
+    "failed": MadeUpRun(state="failed", epochs=2),
+    "one epoch": MadeUpRun(epochs=1),
+    "three attempts": MadeUpRun(resumed_at=(69, 161)),
+    "twenty classes": MadeUpRun(classes=[NASTY, *(f"kind {n}" for n in range(19))], photo=96),
+    "hundred classes": MadeUpRun(classes=[f"kind {n}" for n in range(100)]),
+    "thousand classes": MadeUpRun(classes=[f"kind {n}" for n in range(1000)], photo=224),
+}
+
+
+def page(run: MadeUpRun, folder: Path) -> str:
+    return write_report(run.write(folder)).read_text(encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """Collects what a browser would load, and checks that every element is closed."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.ids: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [v or "" for k, v in attrs if k in {"src", "href", "srcset", "data"}]
+        self.sources += [v[1:] for k, v in attrs if k == "xlink:href" and v and not v.startswith("#")]
+        self.ids += [v for k, v in attrs if k == "id" and v]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_page_is_whole_small_and_loads_nothing(name: str, tmp_path: Path):
+    text = page(RUNS[name], tmp_path / "quickstart-0123abcd")
+    assert len(text) < 1_000_000
+    read = Page(text)
+    assert read.open == []
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(read.tags)
+    assert all(source.startswith("data:image/") for source in read.sources)
+    assert not re.search(r"@import|url\((?!#)", text)
+    assert len(read.ids) == len(set(read.ids))
+    assert "quickstart-0123abcd" in text
+    assert not any(f"{colour};" in text or f'{colour}"' in text for colour in PALETTE)
+
+
+def test_the_same_record_gives_the_same_bytes(tmp_path: Path):
+    folder = RUNS["three attempts"].write(tmp_path / "r")
+    first = write_report(folder).read_bytes()
+    (folder / "report.html").unlink()
+    assert write_report(folder).read_bytes() == first
+    assert sorted(p.name for p in folder.glob("report*")) == ["report.html"]
+
+
+def test_what_users_name_is_text_and_never_markup(tmp_path: Path):
+    run = MadeUpRun(classes=[NASTY, '"><img src=x onerror=alert(1)>', "a & b"], overrides=(f"name={NASTY}",))
+    folder = run.write(tmp_path / "r")
+    result = (folder / "result.json").read_text().replace('"state": "done"', f'"state": "failed", "error": "{NASTY}"')
+    (folder / "result.json").write_text(result)
+    read = Page(write_report(folder).read_text())
+    assert "script" not in read.tags
+    assert all(source.startswith("data:image/") for source in read.sources)
+    assert NASTY in "".join(read.text)
+
+
+def test_the_verdict_states_counts_checkpoints_and_commands(tmp_path: Path):
+    text = "".join(Page(page(MadeUpRun(), tmp_path / "quickstart-0123abcd")).text)
+    place = "runs/quickstart-0123abcd/checkpoints/step_00000230"
+    for words in ("98.33 %", "354 of 360 images right", "top-5 100.00 %", "1 min 26 s", place,
+                  f"orchestrator evaluate checkpoint={place}", f"orchestrator predict checkpoint={place} IMAGE",
+                  "orchestrator train experiment=quickstart optimizer.lr=0.02"):  # fmt: skip
+        assert words in text
+
+
+def test_a_failed_run_shows_its_error_first_and_how_to_go_on(tmp_path: Path):
+    text = "".join(Page(page(RUNS["failed"], tmp_path / "r")).text)
+    assert "It failed on rank 1 with exit code 43" in text
+    assert text.index("CUDA out of memory") < text.index("Top-1, validation")
+    assert "Go on where it stopped" in text
+
+
+def test_secrets_in_the_config_stay_out_of_the_page(tmp_path: Path):
+    text = page(MadeUpRun(), tmp_path / "r")
+    assert "s3://...@bucket/train?..." in text
+    assert "secret" not in text
+
+
+def test_values_that_somebody_set_stand_before_presets_and_defaults(tmp_path: Path):
+    rows = sections.config_rows(load_run(MadeUpRun().write(tmp_path / "r")))
+    assert [(key, source) for key, _, source in rows["chosen"]] == [
+        ("data.train", "override"),
+        ("optimizer.lr", "override"),
+        ("name", "experiment/quickstart.yaml"),
+        ("recipe.epochs", "recipe/short.yaml"),
+        ("recipe.global_batch_size", "experiment/quickstart.yaml"),
+    ]
+    assert [key for key, _, _ in rows["default"]] == ["seed", "optimizer.momentum", "optimizer.betas"]
+    assert ("optimizer.betas", "[0.9, 0.999]", "optimizer/defaults.yaml") in rows["default"]
+
+
+def test_the_confusion_matrix_shows_every_count_up_to_twenty_classes(tmp_path: Path):
+    run = RUNS["twenty classes"]
+    shown = confusion({"confusion": run.confusion(), "classes": run.classes})
+    assert shown is not None
+    assert [[cell["count"] for cell in row["cells"]] for row in shown["rows"]] == run.confusion()
+    assert all(cell["hit"] == (i == j) for i, row in enumerate(shown["rows"]) for j, cell in enumerate(row["cells"]))
+
+
+def test_many_classes_get_a_picture_or_their_most_confused_pairs(tmp_path: Path):
+    hundred = page(RUNS["hundred classes"], tmp_path / "hundred")
+    assert 'alt="confusion matrix of 100 classes"' in hundred
+    thousand = page(RUNS["thousand classes"], tmp_path / "thousand")
+    assert "Confusion matrix" not in thousand
+    assert thousand.count("<tr><td>kind ") == 20
+    assert "The other 980 classes are at" in thousand
+
+
+def test_classes_without_a_sample_are_no_bars_and_no_division_by_zero():
+    record = {"per_class": [{"name": "a", "hits": 0, "count": 0}, {"name": "b", "hits": 1, "count": 2}]}
+    assert [bar["name"] for bar in sections.class_bars(record)["bars"]] == ["b"]
+    empty = confusion({"confusion": [[0, 0], [1, 1]], "classes": ["a", "b"]})
+    assert empty is not None
+    assert [cell["shade"] for cell in empty["rows"][0]["cells"]] == [0.0, 0.0]
+
+
+def test_the_time_split_sums_to_the_whole():
+    seconds = {"compute": 30.0, "new_phase": 5.0, "import": 15.0, "save": 0.0}
+    split = sections.time_split(RunRecord(Path("r"), result={"seconds": seconds}))
+    assert [part["name"] for part in split] == ["import", "compute", "new_phase"]
+    assert [part["percent"] for part in split] == ["30.0 %", "60.0 %", "10.0 %"]
+
+
+def test_attempts_are_marked_where_they_went_on():
+    events = MadeUpRun(resumed_at=(69, 161)).events()
+    assert attempt_marks(history(events), events) == [(3.0, 2), (7.0, 3)]
+    rows = sections.attempts(RunRecord(Path("r"), result={"state": "done"}, events=events))
+    assert [row["steps"] for row in rows] == ["0 → 80", "69 → 170", "161 → 230"]
+    assert [row["ended"] for row in rows] == ["killed or crashed", "killed or crashed", "done"]
+
+
+def test_each_curve_is_drawn_once_it_has_a_point_and_a_single_point_is_visible():
+    events = [{"kind": "eval", "attempt": 1, "step": 23, "epoch": 1, "val/loss": 0.5, "t": 1.0}]
+    (chart,) = draw_charts(events, events)
+    assert chart.legend == [("var(--c2)", "validation", "0.5")]
+    assert "<use " in chart.svg
+
+
+def test_lost_or_unreadable_pictures_leave_a_place_and_no_error(tmp_path: Path):
+    folder = MadeUpRun().write(tmp_path / "r")
+    shutil.rmtree(folder / "samples")
+    (folder / "samples").mkdir()
+    (folder / "samples" / "worst_00.png").write_bytes(b"not a picture")
+    assert write_report(folder).read_text().count("no picture") == 24
+
+
+def test_the_page_is_written_in_three_seconds_from_a_cold_start(tmp_path: Path):
+    folder = MadeUpRun().write(tmp_path / "r")
+    script = "import sys; from pathlib import Path; from orchestrator.track.report import write_report as w; "
+    script += "assert 'matplotlib' not in sys.modules and 'PIL' not in sys.modules; w(Path(sys.argv[1]))"
+    assert min(cpu_seconds([sys.executable, "-c", script, str(folder)]) for _ in range(2)) < 3.0
+    assert (folder / "report.html").exists()
+
+
+def cpu_seconds(command: list[str]) -> float:
+    """CPU time of a child: what it takes on an idle machine, whatever else runs now."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
