@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -156,6 +157,7 @@ def _draw_panel(axes: Axes, panel: Panel, events: Sequence[Event], marks: list[t
 
     for curve in panel.curves:
         epochs, values = _points(events, curve)
+        values = [y if math.isfinite(y) else math.nan for y in values]
         marker = "o" if len(values) <= MARKERS_UP_TO else None
         width = 1.0 if curve.thin else 1.8
         axes.plot(epochs, values, color=curve.colour, linewidth=width, marker=marker, markersize=2 + width / 2)

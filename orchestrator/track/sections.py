@@ -102,17 +102,22 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
     return [(name, str(text)) for name, text in rows if text is not None]
 
 
+COMMAND_TITLE = {"done": "Made by", "starting": "Started by", "running": "Started by"}
+"""What the command that made a run is good for, by its state; in any other state it goes on where the run stopped."""
+
+
 def commands(run: RunRecord) -> list[tuple[str, str]]:
     """What to type next, for a person in the folder where the run was started."""
+    evaluated = run.result.get("checkpoint")
     best, last = run.result.get("best"), run.result.get("last")
     found = []
-    if "overrides" in run.bundle:
+    if "overrides" in run.bundle and not evaluated:
         again = shlex.join(["orchestrator", "train", *map(str, run.bundle["overrides"])])
-        found.append(("Made by" if run.state == "done" else "Go on where it stopped", again))
-    if checkpoint := best or last:
+        found.append((COMMAND_TITLE.get(run.state, "Go on where it stopped"), again))
+    if checkpoint := evaluated or best or last:
         place = shlex.quote(f"checkpoint={checkpoint}")
-        found.append(("Evaluate its best checkpoint" if best else "Evaluate its last checkpoint",
-                      f"orchestrator evaluate {place}"))  # fmt: skip
+        which = "checkpoint again" if evaluated else "best checkpoint" if best else "last checkpoint"
+        found.append((f"Evaluate the {which}", f"orchestrator evaluate {place}"))
         found.append(("Classify your own images", f"orchestrator predict {place} IMAGE"))
     return found
 

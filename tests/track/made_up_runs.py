@@ -108,15 +108,6 @@ class MadeUpRun:
     def result(self, run_id: str) -> dict[str, Any]:
         step = self.epochs * STEPS_PER_EPOCH
         place = f"runs/{run_id}/checkpoints/step_{step:08d}"
-        seconds = {
-            "import": 2.1,
-            "start": 1.3,
-            "data_wait": 1.4,
-            "compute": 73.0,
-            "evaluate": 6.2,
-            "save": 1.5,
-            "other": 0.9,
-        }
         result: dict[str, Any] = {
             "schema": 1, "run_id": run_id, "state": self.state, "exit_code": None if self.state == "running" else 0,
             "attempts": 1 + len(self.resumed_at), "epoch": float(self.epochs), "step": step, "world_size": 2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import resource
 import shutil
@@ -183,6 +184,25 @@ def test_each_curve_is_drawn_once_it_has_a_point_and_a_single_point_is_visible()
     (chart,) = draw_charts(events, events)
     assert chart.legend == [("var(--c2)", "validation", "0.5")]
     assert "<use " in chart.svg
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_run_that_diverged_has_a_page_that_says_so(loss: float, tmp_path: Path):
+    folder = MadeUpRun(epochs=1).write(tmp_path / "r")
+    line = {"kind": "step", "attempt": 1, "step": 20, "epoch": 0.9, "t": 1.0, "train/loss": loss}
+    (folder / "events" / "rank_0.jsonl").write_text(json.dumps(line) + "\n")
+    assert f"train <b>{loss}</b>" in write_report(folder).read_text()
+
+
+def test_an_evaluation_alone_names_its_checkpoint_and_no_training(tmp_path: Path):
+    folder = MadeUpRun().write(tmp_path / "evaluate-00000000")
+    shutil.rmtree(folder / "events")
+    result = {"state": "done", "checkpoint": "runs/a b/checkpoints/step_1", "seconds": {"all": 2.0}}
+    (folder / "result.json").write_text(json.dumps(result))
+    text = "".join(Page(write_report(folder).read_text()).text)
+    assert "orchestrator evaluate 'checkpoint=runs/a b/checkpoints/step_1'" in text
+    assert "orchestrator train" not in text
+    assert "Curves" not in text
 
 
 def test_lost_or_unreadable_pictures_leave_a_place_and_no_error(tmp_path: Path):
