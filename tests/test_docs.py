@@ -1,0 +1,64 @@
+"""Every command of the README does what it says, in the order in which a newcomer types it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
+RUN_ID = "quickstart-00000000"
+SHORT = {"orchestrator train experiment=quickstart recipe.epochs=2": ["max_steps=3"]}
+"""What the test adds so that a command takes seconds."""
+
+
+def readme_commands() -> list[str]:
+    blocks = BLOCK.findall((ROOT / "README.md").read_text())
+    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def photos(folder: Path) -> None:
+    from PIL import Image
+
+    for number in range(40):
+        path = folder / "photos" / ("cats" if number % 2 else "dogs") / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (96, 80), (6 * number, 100, 250 - 6 * number)).save(path)
+
+
+def test_the_readme_opens_with_the_two_commands() -> None:
+    assert readme_commands()[:2] == ["make quickstart", "make test"]
+
+
+@pytest.mark.parametrize("target", ["quickstart", "test"])
+def test_the_two_commands_are_targets_of_the_makefile(target: str) -> None:
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {"quickstart": "orchestrator train experiment=quickstart", "test": "pytest"}[target] in done.stdout
+
+
+def test_every_target_of_the_makefile_is_explained_by_make_help() -> None:
+    text = (ROOT / "Makefile").read_text()
+    phony = set(re.search(r"\.PHONY: (.*)", text).group(1).split())  # pyright: ignore[reportOptionalMemberAccess]
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert phony - {"help"} <= set(re.findall(r"^  make (\S+)", shown, re.MULTILINE))
+
+
+@pytest.mark.timeout(240)
+def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path: Path) -> None:
+    photos(tmp_path)
+    for command in readme_commands()[2:]:
+        program, *arguments = shlex.split(command)
+        runs = sorted((tmp_path / "runs").glob("quickstart-*"), key=lambda path: path.stat().st_mtime)
+        if RUN_ID in command:
+            arguments = [argument.replace(RUN_ID, runs[0].name) for argument in arguments]
+        elif program == "torchrun":
+            arguments.append("max_steps=3")
+        arguments += SHORT.get(command, [])
+        done = subprocess.run([BIN / program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
