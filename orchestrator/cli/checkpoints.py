@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from orchestrator.bundle import Bundle
     from orchestrator.train.loading import Source
 
+SHOWN_BAD = 20
 EVALUATE = """examples:
   orchestrator evaluate checkpoint=quickstart-1a2b3c4d:best
   orchestrator evaluate checkpoint=resnet20.th model=cifar_resnet20 data=cifar10 compute.num_processes=2
@@ -67,14 +68,16 @@ def evaluate(args: argparse.Namespace) -> int:
     from orchestrator.files import read_json
     from orchestrator.train.evaluation_job import write_source
     from orchestrator.train.preflight import set_facts
+    from orchestrator.train.process import require_device
 
     source = _source(args)
-    bundle = _evaluation_bundle(source)
-    index = load_index(source.config.data.val)
+    bundle, compute = _evaluation_bundle(source), source.config.compute
+    index, processes = load_index(source.config.data.val), local.num_processes(compute)
+    require_device(compute, processes)
+    local.free_port(compute)
     with only_writer(bundle.folder):
         write_bundle(bundle, bundle.folder / "run.json", {"val": set_facts(index)})
         write_source(source, bundle.folder)
-        processes = local.num_processes(source.config.compute)
         what = source.folder or source.config.model.weights
         note(f"evaluating {what} on {index.num_samples} images, {processes} processes")
         ended = local.run_attempts(bundle, rank, (str(bundle.folder / "run.json"),))
@@ -131,5 +134,7 @@ def predict(args: argparse.Namespace) -> int:
         print_table(["image", "#", "class", "probability"], rows)
     bad = [f"{result.path}: {result.error}" for result in results if result.error]
     if bad:
-        raise DataError(f"{len(bad)} of {len(results)} images cannot be read:\n" + "\n".join(bad[:20]))
+        first = "\n".join(bad[:SHOWN_BAD])
+        way_out = "Way out: mend or leave out these files; the others are predicted above"
+        raise DataError(f"{len(bad)} of {len(results)} images cannot be read:\n{first}\n{way_out}")
     return EXIT_DONE

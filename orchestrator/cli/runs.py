@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,12 +64,11 @@ def train(args: argparse.Namespace) -> int:
 
 def _dry_run(bundle: Bundle, as_json: bool) -> int:
     from orchestrator.cluster.local import num_processes
-    from orchestrator.train.preflight import open_sets, total_steps
+    from orchestrator.train.preflight import check_run, total_steps
 
-    config, sets = bundle.config, open_sets(bundle.config)
+    config, processes = bundle.config, num_processes(bundle.config.compute)
+    sets = check_run(config, processes)
     plan = sets.plan(config)
-    processes = num_processes(config.compute)
-    plan.require_fits(processes, config.recipe.accumulate)
     facts = {
         "run_id": bundle.run_id,
         "folder": str(bundle.folder),
@@ -95,19 +93,23 @@ def _dry_run(bundle: Bundle, as_json: bool) -> int:
 
 
 def _state(bundle: Bundle) -> str:
+    from orchestrator.files import read_json
+
     path = bundle.folder / "result.json"
     if not path.exists():
         return "new"
-    result = json.loads(path.read_text())
+    result = read_json(path)
     return "already finished" if result["state"] == "done" else f"would resume after step {result['step']}"
 
 
 def _launch(bundle: Bundle, as_json: bool, began: float) -> int:
     from orchestrator.bundle import write_bundle
+    from orchestrator.cluster.local import free_port, num_processes
     from orchestrator.cluster.lock import only_writer
-    from orchestrator.train.preflight import open_sets
+    from orchestrator.train.preflight import check_run
 
-    sets = open_sets(bundle.config)
+    sets = check_run(bundle.config, num_processes(bundle.config.compute))
+    free_port(bundle.config.compute)
     with only_writer(bundle.folder):
         if _state(bundle) == "already finished":
             note(f"run {bundle.run_id} is already finished; another seed or name starts a new one")
@@ -135,25 +137,34 @@ def _run(bundle: Bundle) -> Ended:
 
 
 def _warn_of_other_code(bundle: Bundle) -> None:
+    from orchestrator.files import read_json
+
     path = bundle.folder / "run.json"
     if path.exists():
-        earlier = json.loads(path.read_text())["code_digest"]
+        earlier = read_json(path)["code_digest"]
         if earlier != bundle.code_digest:
             note(f"warning: this run was started by other code ({earlier[:12]}, now {bundle.code_digest[:12]})")
 
 
 def _conclude(bundle: Bundle, ended: Ended) -> None:
-    """What only the launcher can write: a failed result, and the report of whatever came out."""
+    """What only the launcher can write: a result where the ranks left none, and the report of whatever came out."""
     from orchestrator.track.report import write_report
-    from orchestrator.train.outcome import record_failure
+    from orchestrator.train.outcome import record_failure, record_stop
 
     if ended.error:
         record_failure(bundle, ended.exit_code, ended.rank, ended.error)
-    write_report(bundle.folder)
+    elif ended.exit_code:
+        record_stop(bundle, ended.exit_code)
+    try:
+        write_report(bundle.folder)
+    except Exception as error:  # the exit code is a contract about the run, which a page must not break
+        note(f"warning: no report.html ({type(error).__name__}: {error})")
 
 
 def _show(bundle: Bundle, as_json: bool, seconds: float | None) -> None:
-    result = json.loads((bundle.folder / "result.json").read_text())
+    from orchestrator.files import read_json
+
+    result = read_json(bundle.folder / "result.json")
     if as_json:
         print_json(result)
         return
@@ -179,8 +190,7 @@ def places(bundle: Bundle, result: dict[str, Any]) -> dict[str, str]:
 def tell_cause(bundle: Bundle, ended: Ended) -> None:
     """The first true cause, last."""
     if ended.traceback:
+        note(f"all output: {bundle.folder}/logs")
         note(ended.traceback.rstrip())
     where = f"rank {ended.rank}: " if ended.rank is not None else ""
     note(f"error: {where}{ended.error}")
-    if ended.traceback:
-        note(f"all output: {bundle.folder}/logs")

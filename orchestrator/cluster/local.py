@@ -9,8 +9,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
@@ -31,6 +31,7 @@ PRELOADED = ["orchestrator.train.fit", "orchestrator.train.evaluation_job", "job
 FINAL = {0, EXIT_USER, EXIT_NO_PROGRESS, EXIT_STOPPED, EXIT_INTERRUPTED, EXIT_TERMINATED}
 """Exit codes after which this machine does not start the run again by itself."""
 MONITOR_S = 0.05
+AGENT_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class Ended:
 
 def warm_up() -> None:
     """Start the server that ranks are forked from; it imports while the launcher composes the config."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks inherit the server's environment, not the launcher's
     multiprocessing.set_forkserver_preload(PRELOADED)
     forkserver.ensure_running()
 
@@ -85,17 +87,34 @@ def run_attempt(bundle: Bundle, entry: Callable[..., None], arguments: tuple[Any
     from torch.distributed.launcher.api import elastic_launch
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ["OMP_NUM_THREADS"] = str(bundle.config.compute.threads_per_process)
     try:
-        elastic_launch(_launch_config(bundle), entry)(*arguments)
+        with _own_signal_handlers():
+            elastic_launch(_launch_config(bundle), entry)(*arguments)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         return first_cause(codes, _left_errors(bundle.folder, attempt))
     except SignalException as stopped:
         code = EXIT_INTERRUPTED if stopped.sigval == signal.SIGINT else EXIT_TERMINATED
-        return Ended(code)
+        return _unless_not_saved(Ended(code), _left_errors(bundle.folder, attempt))
     return Ended(0)
+
+
+@contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """The agent leaves its handlers behind, and a later Ctrl-C would end the launcher with the agent's traceback."""
+    handlers = {number: signal.getsignal(number) for number in AGENT_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _unless_not_saved(stopped: Ended, errors: list[dict[str, Any]]) -> Ended:
+    """A stop whose last save failed for a known reason did not stop after saving."""
+    known = [error for error in errors if error["traceback"] is None]
+    return first_cause({}, known) if known else stopped
 
 
 def _launch_config(bundle: Bundle) -> Any:
@@ -109,7 +128,7 @@ def _launch_config(bundle: Bundle) -> Any:
         nproc_per_node=num_processes(config.compute),
         run_id=bundle.run_id,
         rdzv_backend="c10d",
-        rdzv_endpoint=f"127.0.0.1:{_port(config.compute)}",
+        rdzv_endpoint=f"127.0.0.1:{free_port(config.compute)}",
         rdzv_configs={"is_host": True},
         local_addr="127.0.0.1",
         max_restarts=0,
@@ -120,8 +139,8 @@ def _launch_config(bundle: Bundle) -> Any:
     )
 
 
-def _port(config: ComputeConfig) -> int:
-    """The configured port if it is free, or any free one."""
+def free_port(config: ComputeConfig) -> int:
+    """The configured port if it is free, or any free one. Raises ConfigError where the configured one is taken."""
     with closing(socket.socket()) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

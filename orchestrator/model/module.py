@@ -48,9 +48,14 @@ class Normalise(nn.Module):
 
 @torch.no_grad()
 def count_hits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which rows have their label first, and which among the first five: two (B,) bool."""
-    top = logits.topk(min(TOP_K, logits.shape[1]), dim=1).indices == labels[:, None]
-    return top[:, 0], top.any(dim=1)
+    """Which rows have their label first, and which among the first five: two (B,) bool.
+
+    Of equal logits the lower class comes first, as in argmax; a row with NaN has no hit.
+    """
+    own, classes = logits.gather(1, labels[:, None]), torch.arange(logits.shape[1], device=logits.device)
+    ahead = (logits > own) | ((logits == own) & (classes < labels[:, None]))
+    place, clean = ahead.sum(dim=1), ~logits.isnan().any(dim=1)
+    return (place == 0) & clean, (place < TOP_K) & clean
 
 
 class Classifier(pl.LightningModule):
@@ -80,6 +85,15 @@ class Classifier(pl.LightningModule):
         first, among = count_hits(logits, labels)
         sums = torch.stack([loss, (first * weights).sum(), (among * weights).sum(), weights.sum()])
         self._tally = self._tally.to(sums.device) + sums.detach()
+
+    @property
+    def tally(self) -> torch.Tensor:
+        """What `take_tally` would give."""
+        return self._tally
+
+    def add_tally(self, sums: list[float]) -> None:
+        """Go on from sums that an earlier attempt did not log."""
+        self._tally = self._tally + torch.tensor(sums, dtype=torch.float64)
 
     def take_tally(self) -> torch.Tensor:
         """Sums since the last call on this rank: (4,) float64 of loss, top-1 hits, top-5 hits, samples."""

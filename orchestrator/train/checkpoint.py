@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 
 from orchestrator.errors import CheckpointError
-from orchestrator.files import disk_errors, read_json, sync_folder, write_json
+from orchestrator.files import disk_errors, sync_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -240,6 +241,15 @@ def newest(root: Path) -> Checkpoint | None:
     return None
 
 
+def set_aside(root: Path, after: int) -> None:
+    """Rename the checkpoints after a step: `newest` passed over them, and the run will write these steps again."""
+    for folder in root.glob("step_*"):
+        if folder.name > step_folder(after):
+            aside = folder.with_name(f"damaged_{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
+
+
 def best(root: Path, metric: str = "val/acc1") -> Checkpoint | None:
     """The whole checkpoint with the greatest metric, the newest of equals."""
     folder = best_folder(root, metric)
@@ -250,9 +260,10 @@ def best_folder(root: Path, metric: str = "val/acc1") -> Path | None:
     """Where `best` lies, without verifying it."""
     scored = []
     for folder in root.glob("step_*"):
-        manifest = read_json(folder / MANIFEST)
-        if metric in manifest.get("metrics", {}):
-            scored.append((manifest["metrics"][metric]["value"], folder.name, folder))
+        with suppress(CheckpointError):
+            metrics = read_checkpoint(folder).manifest.get("metrics", {})
+            if metric in metrics:
+                scored.append((metrics[metric]["value"], folder.name, folder))
     return max(scored)[2] if scored else None
 
 

@@ -82,7 +82,8 @@ def _judge(net: nn.Module, normalise: nn.Module, batch: Batch, device: torch.dev
     labels = batch.labels.to(device)
     logits = net(normalise(batch.images.to(device, non_blocking=True))).float()
     _, among = count_hits(logits, labels)
-    probability, predicted = logits.softmax(dim=1).max(dim=1)
+    predicted = logits.argmax(dim=1)
+    probability = logits.softmax(dim=1).gather(1, predicted[:, None])[:, 0]
     losses = F.cross_entropy(logits, labels, reduction="none")
     keep = batch.ids >= 0
     columns = (batch.ids.to(device), labels, predicted, probability, losses, among)
@@ -93,11 +94,12 @@ def _sum_up(rows: torch.Tensor, skipped: int, num_classes: int, device: torch.de
     ids, labels, predicted, _, losses, among = rows
     pairs = (labels * num_classes + predicted).to(torch.int64)
     confusion = torch.bincount(pairs, minlength=num_classes**2)
-    counts = torch.tensor([int((labels == predicted).sum()), int(among.sum()), len(ids), skipped])
+    first = (labels == predicted) & (among > 0)
+    counts = torch.tensor([int(first.sum()), int(among.sum()), len(ids), skipped])
     counts = _reduce(torch.cat([counts, confusion]), device)
     loss = _reduce(losses.sum(), device)
     hits1, hits5, count, skipped = (int(value) for value in counts[:4])
-    order = losses.argsort(stable=True)
+    worst, best = (losses.argsort(stable=True, descending=descending)[:SHOWN_SAMPLES] for descending in (True, False))
     return Evaluation(
         hits1=hits1,
         hits5=hits5,
@@ -105,8 +107,8 @@ def _sum_up(rows: torch.Tensor, skipped: int, num_classes: int, device: torch.de
         skipped=skipped,
         loss=float(loss) / max(count, 1),
         confusion=counts[4:].view(num_classes, num_classes),
-        worst=_extremes(rows[:, order.flip(0)[:SHOWN_SAMPLES]], device, descending=True),
-        best=_extremes(rows[:, order[:SHOWN_SAMPLES]], device, descending=False),
+        worst=_extremes(rows[:, worst], device, descending=True),
+        best=_extremes(rows[:, best], device, descending=False),
     )
 
 

@@ -127,10 +127,7 @@ def fit(bundle: Bundle, world: World, attempt: int, began: float, terminal: IO[s
 
 def require_precision(config: RunConfig, device: torch.device) -> None:
     """Refuse arithmetic that the device cannot do."""
-    precision = config.compute.precision
-    if precision is Precision.fp16 and device.type == "cpu":
-        raise ConfigError("compute.precision", "fp16", "needs a GPU", "compute.precision=bf16 or fp32")
-    if precision is Precision.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    if config.compute.precision is Precision.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ConfigError("compute.precision", "bf16", "this GPU has no bf16", "compute.precision=fp16")
 
 
@@ -145,13 +142,26 @@ def _assemble(bundle: Bundle, rank: Rank, clock: PhaseClock, flag: StopFlag) -> 
     job = Job(bundle, rank, sets, plan, span)
     net = build_net(config, sets.num_classes, rank.device)
     ema = ExponentialMovingAverage(net, config.recipe.ema_decay) if config.recipe.ema_decay else None
-    state = found.load_state() if found else None
-    if state is not None:
-        net.load_state_dict(state.model)
+    module = Classifier(net, config, span)
+    state = _restore(found, module, ema) if found else None
+    return job, _wire(job, module, ema, clock, flag), state
+
+
+def _restore(found: Checkpoint, module: Classifier, ema: ExponentialMovingAverage | None) -> TrainState:
+    """Put a checkpoint's weights in place; the optimizer takes its part once Lightning has built it."""
+    state = found.load_state()
+    try:
+        module.net.load_state_dict(state.model)
         if ema is not None and state.ema is not None:
             ema.load_state_dict(state.ema)
-    module = Classifier(net, config, span)
-    return job, _wire(job, module, ema, clock, flag), state
+    except RuntimeError as error:
+        fault = str(error).splitlines()[1].strip()
+        raise CheckpointError(
+            f"{found.folder} holds another model: {fault}. Way out: move that folder away, or train with name=..."
+        ) from None
+    if module.span.rank == 0:
+        module.add_tally(found.manifest["unlogged"])
+    return state
 
 
 def build_net(config: RunConfig, num_classes: int, device: torch.device) -> nn.Module:
@@ -173,6 +183,8 @@ def _resume_point(bundle: Bundle, rank: Rank, sets: Sets) -> Checkpoint | None:
     root = bundle.folder / "checkpoints"
     chosen = checkpoint.newest(root) if rank.world.is_first else None
     step = torch.tensor([chosen.step if chosen else -1])
+    if rank.world.is_first:
+        checkpoint.set_aside(root, after=int(step))
     if rank.control is not None:
         dist.broadcast(step, 0, group=rank.control)
     if int(step) < 0:

@@ -16,18 +16,24 @@ class Ledger:
     """Appends events to ``events/rank_N.jsonl``; a torn last line of a killed attempt is closed first."""
 
     def __init__(self, folder: Path, rank: int, attempt: int):
-        path = folder / "events" / f"rank_{rank}.jsonl"
+        self._path = path = folder / "events" / f"rank_{rank}.jsonl"
         self._attempt = attempt
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-            self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-            if torn:
-                self._file.write("\n")
+            # Unbuffered: what a full disk refused must not fail once more when the file is closed.
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        if torn:
+            self._append(b"\n")
 
     def write(self, kind: str, **facts: Any) -> None:
         event = {"t": round(time.time(), 3), "attempt": self._attempt, "kind": kind, **facts}
-        self._file.write(json.dumps(event) + "\n")
+        self._append((json.dumps(event) + "\n").encode())
+
+    def _append(self, content: bytes) -> None:
+        with disk_errors(self._path):
+            while content:
+                content = content[self._file.write(content) :]
 
     def close(self) -> None:
         self._file.close()

@@ -78,11 +78,22 @@ def _from_checkpoint(path: Path, composed: Composed) -> Source:
     record = path.parent.parent / "run.json"
     frozen = read_json(record)["config"] if record.exists() else to_dict(composed.config)
     plain = overlay(frozen, composed)
-    plain["model"] = {**manifest["model"], "weights": None}
     typed = composed.typed_keys()
+    _require_same_model(path, manifest["model"], composed, typed)
+    plain["model"] = {**manifest["model"], "weights": None}
     stored = {key: _plain(value) for key, value in manifest["preprocessing"].items() if f"data.{key}" not in typed}
     plain["data"] = {**plain["data"], **stored}
     return Source(path, from_dict(plain), tuple(manifest["classes"]), manifest["weights_sha256"])
+
+
+def _require_same_model(path: Path, stored: dict[str, Any], composed: Composed, typed: set[str]) -> None:
+    """What the command line says of the model must be what the checkpoint holds."""
+    asked = to_dict(composed.config.model)
+    keys = [key.partition(".")[2] for key in typed if key.startswith("model.")]
+    for key in [*(("name", "stem", "shortcut") if "model" in typed else ()), *sorted(keys)]:
+        if asked[key] != stored[key]:
+            rule = f"{path} holds a model with {key} = {stored[key]}"
+            raise ConfigError(f"model.{key}", asked[key], rule, "leave model out, or name another checkpoint")
 
 
 def _plain(value: Any) -> Any:

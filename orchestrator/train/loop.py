@@ -119,6 +119,9 @@ class StepBorder(pl.Callback):
         }
         self._publish("step", step, facts)
         self.parts.progress.update(step, facts)
+        self._require_finite(loss, step)
+
+    def _require_finite(self, loss: float, step: int) -> None:
         if not isfinite(loss):
             raise UserError(
                 f"train/loss = {loss}: training diverged before step {step}. Way out: a lower optimizer.lr "
@@ -154,7 +157,9 @@ class StepBorder(pl.Callback):
     def _save(self, trainer: pl.Trainer, step: int, metrics: dict[str, Any]) -> None:
         began = time.perf_counter()
         epoch = step / self.parts.module.span.steps_per_epoch
-        manifest = {**self.parts.manifest, "step": step, "epoch": epoch, "metrics": metrics}
+        unlogged = self._sum(self.parts.module.tally.detach().cpu().clone()).tolist()
+        self._require_finite(unlogged[0], step)
+        manifest = {**self.parts.manifest, "step": step, "epoch": epoch, "metrics": metrics, "unlogged": unlogged}
         with self.parts.clock.phase("save"):
             folder = checkpoint.save(self.parts.checkpoints, self._state(trainer), manifest)
         seconds = time.perf_counter() - began

@@ -87,10 +87,22 @@ class Recorder:
 
 def record_failure(bundle: Bundle, exit_code: int, rank: int | None, error: str) -> None:
     """Turn `result.json` of a run whose ranks could not write it themselves into a failed one."""
+    known = _known_result(bundle)
+    content = {**known, "state": "failed", "exit_code": exit_code, "rank": rank, "error": error}
+    write_json(bundle.folder / "result.json", content)
+
+
+def record_stop(bundle: Bundle, exit_code: int) -> None:
+    """The same for a run that was stopped before its ranks had taken a step."""
+    known = _known_result(bundle)
+    if known["state"] != "done":
+        write_json(bundle.folder / "result.json", {**known, "state": "stopped", "exit_code": exit_code})
+
+
+def _known_result(bundle: Bundle) -> dict[str, Any]:
     path = bundle.folder / "result.json"
-    nothing = {"schema": SCHEMA, "run_id": bundle.run_id, "epoch": 0, "step": 0, "metrics": {}, "seconds": {}}
-    known = read_json(path) if path.exists() else nothing
-    write_json(path, {**known, "state": "failed", "exit_code": exit_code, "rank": rank, "error": error})
+    facts = {"schema": SCHEMA, "run_id": bundle.run_id, "state": "new", "exit_code": None}
+    return read_json(path) if path.exists() else {**facts, "epoch": 0, "step": 0, "metrics": {}, "seconds": {}}
 
 
 def evaluation_record(evaluation: Evaluation, step: int | None, split: str, classes: Sequence[str]) -> dict[str, Any]:

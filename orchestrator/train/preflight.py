@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from orchestrator.config import RunConfig
 from orchestrator.data.index import ShardIndex, load_index
 from orchestrator.data.order import TrainPlan
 from orchestrator.errors import ConfigError, DataError
+from orchestrator.model.zoo import build_model
+from orchestrator.train.process import require_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,21 @@ def open_sets(config: RunConfig) -> Sets:
             "Way out: pack both splits with one `orchestrator shards make`"
         )
     return Sets(train, val, head_size(config, train))
+
+
+def check_run(config: RunConfig, processes: int) -> Sets:
+    """All that can be known to be wrong before the run's folder exists: data, sizes, device, model."""
+    sets = open_sets(config)
+    sets.plan(config).require_fits(processes, config.recipe.accumulate)
+    require_device(config.compute, processes)
+    _require_model(config, sets.num_classes)
+    return sets
+
+
+def _require_model(config: RunConfig, num_classes: int) -> None:
+    # Without storage it costs no time; a network that cannot be built so is left to the ranks.
+    with suppress(RuntimeError, NotImplementedError), torch.device("meta"):
+        build_model(config.model, num_classes)
 
 
 def head_size(config: RunConfig, index: ShardIndex) -> int:

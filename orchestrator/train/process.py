@@ -20,12 +20,14 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.rendezvous import rendezvous
 
-from orchestrator.config import ComputeConfig, Device
+from orchestrator.config import ComputeConfig, Device, Precision
 from orchestrator.errors import ConfigError, OrchestratorError, StopRequested
 from orchestrator.train.signals import die_with_parent
-from orchestrator.world import World
+from orchestrator.world import ALONE, World
 
 GROUP_TIMEOUT = timedelta(minutes=30)
+AFTER_PEERS_S = 0.3
+"""A rank that fails because a signal killed its peer ends after the launcher has seen the true cause."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -62,16 +64,24 @@ def open_logs(folder: Path, world: World, attempt: int) -> IO[str]:
 
 def choose_device(config: ComputeConfig, world: World) -> torch.device:
     """The GPU of this rank, or the CPU."""
+    kind = require_device(config, world.local_world_size)
+    if kind == "cpu":
+        return torch.device(kind)
+    torch.cuda.set_device(world.local_rank)
+    return torch.device(kind, world.local_rank)
+
+
+def require_device(config: ComputeConfig, processes: int) -> str:
+    """The kind of device that `processes` on this machine get, without touching it. Raises ConfigError."""
     count = torch.cuda.device_count() if config.device is not Device.cpu else 0
     if config.device is Device.cuda and count == 0:
         raise ConfigError("compute.device", "cuda", "needs a GPU and this machine has none", "compute.device=auto")
-    if count == 0:
-        return torch.device("cpu")
-    if world.local_world_size > count:
-        rule = f"puts {world.local_world_size} processes on {count} GPUs, and each needs its own"
+    if count == 0 and config.precision is Precision.fp16:
+        raise ConfigError("compute.precision", "fp16", "needs a GPU", "compute.precision=bf16 or fp32")
+    if 0 < count < processes:
+        rule = f"puts {processes} processes on {count} GPUs, and each needs its own"
         raise ConfigError("compute.num_processes", config.num_processes, rule, f"compute.num_processes={count}")
-    torch.cuda.set_device(world.local_rank)
-    return torch.device("cuda", world.local_rank)
+    return "cuda" if count else "cpu"
 
 
 def join_group(world: World, device: torch.device) -> dist.ProcessGroup | None:
@@ -109,7 +119,8 @@ def prepare_arithmetic(config: ComputeConfig, device: torch.device) -> None:
 
 def supervise(folder: Path, world: World, attempt: int, work: Callable[[IO[str]], None]) -> int:
     """Run a rank's work; returns its exit code and leaves the error, if any, where the launcher looks."""
-    die_with_parent()
+    if world != ALONE:  # a process alone has no launcher; its parent may be a shell that ends first
+        die_with_parent()
     began = time.time()
     terminal = open_logs(folder, world, attempt)
     try:
@@ -122,6 +133,7 @@ def supervise(folder: Path, world: World, attempt: int, work: Callable[[IO[str]]
     except BaseException as error:
         traceback.print_exc()
         _leave_error(folder, world, attempt, error, 1)
+        time.sleep(AFTER_PEERS_S)
         return 1
     finally:
         logging.getLogger(__name__).info("rank %d ended after %.1f s", world.rank, time.time() - began)
