@@ -217,7 +217,8 @@ def test_the_page_is_written_in_three_seconds_from_a_cold_start(tmp_path: Path):
     folder = MadeUpRun().write(tmp_path / "r")
     script = "import sys; from pathlib import Path; from orchestrator.track.report import write_report as w; "
     script += "assert 'matplotlib' not in sys.modules and 'PIL' not in sys.modules; w(Path(sys.argv[1]))"
-    assert min(cpu_seconds([sys.executable, "-c", script, str(folder)]) for _ in range(2)) < 3.0
+    command = [sys.executable, "-c", script, str(folder)]
+    assert any(cpu_seconds(command) < 3.0 for _ in range(2))
     assert (folder / "report.html").exists()
 
 
