@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from orchestrator.errors import NodeError, UserError
 
@@ -25,8 +25,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NodeError(
-                f"{path}: no space left on the disk. Way out: free space, or set runs_dir to another disk; "
-                "the same command goes on from the last checkpoint"
+                f"{path}: disk full. Way out: free space, or write to another disk (runs_dir=... for runs); "
+                "the same command goes on"
             ) from error
         if error.errno in CLOSED:
             raise UserError(
@@ -36,20 +36,27 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write beside the target, flush to the disk, rename over it."""
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A temporary file beside `path` that takes its place, synced, when the block ends well, and is removed else."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
         with suppress(OSError):  # the folder itself may be what failed, and that error is the one to show
             temporary.unlink()
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a whole file or none. Raises what `disk_errors` makes of a failing disk."""
+    with disk_errors(path), replacing(path) as file:
+        file.write(content)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 from PIL import Image
 
-from orchestrator.data.files import explain_disk
 from orchestrator.data.images import SHARD_FORMATS
 from orchestrator.data.index import INDEX_NAME, Members, read_body, read_members
 from orchestrator.data.members import group_samples, list_first, scan_members, write_idx
@@ -23,6 +22,7 @@ from orchestrator.data.pack import ShardFacts
 from orchestrator.data.remote import is_url
 from orchestrator.data.shardset import index_body, write_index
 from orchestrator.errors import DataError
+from orchestrator.files import disk_errors
 
 CHUNK = 1 << 20
 
@@ -109,12 +109,10 @@ def _describe(tar: Path, label: str) -> ShardFacts:
     """What one tar holds, from the tar alone: an `.idx` that lies there is replaced, not believed."""
     samples = list(group_samples(scan_members(tar)))
     idx = tar.with_suffix(".idx")
-    try:
+    with disk_errors(tar.parent):
         idx.unlink(missing_ok=True)
         if not any(" " in member.name for sample in samples for member in sample):
             write_idx(idx, samples)
-    except OSError as error:
-        raise explain_disk(error, tar.parent) from error
     members = read_members(tar, label)
     counts = Counter(str(number) for number in members.label.tolist())
     return ShardFacts(

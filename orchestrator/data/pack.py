@@ -13,10 +13,10 @@ from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
-from orchestrator.data.files import replacing, write_json
 from orchestrator.data.images import EXTENSIONS, PLAIN, SOURCE_FORMATS, ImageError, decode, encode_image, shrink
 from orchestrator.data.members import group_samples, scan_members, write_idx
 from orchestrator.data.sources import Item, Read
+from orchestrator.files import replacing, write_json
 
 QUALITY = 95
 OTHER_FORMAT = "other_format"

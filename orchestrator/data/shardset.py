@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data.files import write_json
 from orchestrator.data.index import INDEX_NAME, KIND, SCHEMA
 from orchestrator.data.pack import ShardFacts, add_counts
+from orchestrator.files import write_json
 
 MOST_SIZES = 40
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data.files import explain_disk, write_json
 from orchestrator.data.index import INDEX_NAME
 from orchestrator.data.members import list_first
 from orchestrator.data.pack import ShardFacts, ShardTask, facts_path
@@ -21,6 +20,7 @@ from orchestrator.data.pool import pack_all
 from orchestrator.data.shardset import index_body, write_index
 from orchestrator.data.sources import Source, SourceOptions, open_source
 from orchestrator.errors import DataError
+from orchestrator.files import disk_errors, write_json
 
 SCRATCH = ".scratch"
 PARTS = ".parts"
@@ -46,11 +46,8 @@ def make_shards(
     Raises DataError for bad images (all of them, after looking at all) and for a folder that holds something else,
     NodeError where the disk is full.
     """
-    try:
-        with _locked(out):
-            return _make(spec, out, source_options, options, progress)
-    except OSError as error:
-        raise explain_disk(error, out) from error
+    with disk_errors(out), _locked(out):
+        return _make(spec, out, source_options, options, progress)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from orchestrator.data.plan import MakeOptions, make_keys, plan_split
 from orchestrator.data.shardset import bucket_sizes
 from orchestrator.data.sources import Item, SourceOptions, open_source, split_by_hash
 from orchestrator.data.writer import make_shards, plan_shards
-from orchestrator.errors import ConfigError, DataError
+from orchestrator.errors import ConfigError, DataError, UserError
 
 LIMIT = 1_000_000
 
@@ -431,7 +431,7 @@ def test_a_dry_run_writes_nothing(photos: Path, tmp_path: Path):
 
 def test_an_output_that_cannot_be_a_folder_is_refused(photos: Path, tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="not writable"):
+    with pytest.raises(UserError, match="not writable"):
         make(photos, tmp_path / "file" / "out")
 
 
