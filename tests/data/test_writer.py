@@ -431,7 +431,7 @@ def test_a_dry_run_writes_nothing(photos: Path, tmp_path: Path):
 
 def test_an_output_that_cannot_be_a_folder_is_refused(photos: Path, tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="not writable"):
+    with pytest.raises(UserError, match="cannot be written"):
         make(photos, tmp_path / "file" / "out")
 
 
