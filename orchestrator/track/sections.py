@@ -152,13 +152,13 @@ def _attempt(number: str, group: list[Event]) -> dict[str, str]:
     steps = [event["step"] for event in group if "step" in event]
     times = [event["t"] for event in group if "t" in event]
     ending = next((e for e in reversed(group) if e["kind"] in {"end", "stop"}), {})
-    stopped = f"stopped: {ending.get('reason', 'on request')}"
+    ended = exit_meaning(ending.get("exit_code")) or ("stopped on request" if ending.get("kind") == "stop" else "")
     return {
         "number": number,
         "started": moment(times[0] if times else None),
         "steps": f"{min(steps):,} → {max(steps):,}" if steps else "–",
         "lasted": duration(times[-1] - times[0]) if times else "–",
-        "ended": stopped if ending.get("kind") == "stop" else exit_meaning(ending.get("exit_code")),
+        "ended": f"stopped: {ending['reason']}" if "reason" in ending else ended,
     }
 
 

@@ -163,14 +163,15 @@ class WandbTracker:
 
     def _mirror(self) -> None:
         self._try("turn its telemetry off", turn_telemetry_off)
-        runs: list[Run] = []
-        self._try("start", lambda: runs.append(self._open()))
-        if not runs:
+        opened: list[WandbLogger] = []
+        self._try("start", lambda: opened.append(self._open()))
+        if not opened:
             return
-        mirror = _lightning_logger(self._plan.config.project, runs[0])
+        mirror = opened[0]
         while (task := self._queue.get()) is not None:
             self._try("log", lambda task=task: task(mirror))
-        self._outcome.uploaded = self._try("finish", lambda: self._close(runs[0])) and self._outcome.url is not None
+        ended = self._try("finish", lambda: self._close(mirror.experiment))
+        self._outcome.uploaded = ended and self._outcome.url is not None
 
     def _try(self, what: str, action: Callable[[], Any]) -> bool:
         """Run one action; W&B's errors (its teardown calls `sys.exit`) never reach training and are told once."""
@@ -189,7 +190,7 @@ class WandbTracker:
         thread.start()
         self._aside.append(thread)
 
-    def _open(self) -> Run:
+    def _open(self) -> WandbLogger:
         live = open_online(self._plan, self._finishing) if self._plan.config.mode is TrackingMode.online else None
         run = live or init_run(self._plan, "offline")
         self._outcome.folder = Path(run.settings.sync_dir)
@@ -197,7 +198,7 @@ class WandbTracker:
             self._outcome.url = live.url
             self._try("tell its address", lambda: self._plan.on_url and self._plan.on_url(str(live.url)))
         self._set_aside(lambda: add_shard_index(run, load_run(self._plan.run_folder).data))
-        return run
+        return _lightning_logger(self._plan.config.project, run)
 
     def _close(self, run: Run) -> None:
         end = time.monotonic() + ARTIFACT_TIMEOUT_S

@@ -179,6 +179,14 @@ def test_attempts_are_marked_where_they_went_on():
     assert [row["ended"] for row in rows] == ["killed or crashed", "killed or crashed", "done"]
 
 
+def test_a_stopped_attempt_says_by_what():
+    endings = [{"kind": "stop", "exit_code": 143}, {"kind": "stop", "reason": "SIGINT"}, {"kind": "stop"}, {}]
+    events = [{"t": 1.0, "kind": "step", "step": 1, "attempt": n, **end} for n, end in enumerate(endings)]
+    rows = sections.attempts(RunRecord(Path("r"), result={"state": "running"}, events=events))
+    told = ["stopped by SIGTERM after saving", "stopped: SIGINT", "stopped on request", "going on"]
+    assert [row["ended"] for row in rows] == told
+
+
 def test_each_curve_is_drawn_once_it_has_a_point_and_a_single_point_is_visible():
     events = [{"kind": "eval", "attempt": 1, "step": 23, "epoch": 1, "val/loss": 0.5, "t": 1.0}]
     (chart,) = draw_charts(events, events)
