@@ -172,6 +172,8 @@ def _show(bundle: Bundle, as_json: bool, seconds: float | None) -> None:
     if accuracy:
         print(f"top-1       {accuracy['value']:.2%} ({accuracy['hits']}/{accuracy['count']})")
     print(f"state       {result['state']}, step {result['step']}" + (f", {seconds:.0f} s" if seconds else ""))
+    if result["state"] == "stopped":
+        print("next        the same command goes on from here")
     for name, path in places(bundle, result).items():
         print(f"{name:<11} {path}")
 

@@ -86,7 +86,7 @@ def run_attempt(bundle: Bundle, entry: Callable[..., None], arguments: tuple[Any
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    _silence_agent()
     os.environ["OMP_NUM_THREADS"] = str(bundle.config.compute.threads_per_process)
     try:
         with _own_signal_handlers():
@@ -115,6 +115,13 @@ def _unless_not_saved(stopped: Ended, errors: list[dict[str, Any]]) -> Ended:
     """A stop whose last save failed for a known reason did not stop after saving."""
     known = [error for error in errors if error["traceback"] is None]
     return first_cause({}, known) if known else stopped
+
+
+def _silence_agent() -> None:
+    """The agent reports each death at length; the launcher tells the first cause instead."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _launch_config(bundle: Bundle) -> Any:

@@ -12,6 +12,8 @@ class Progress:
 
     def start(self, total_steps: int, step: int) -> None: ...
 
+    def tick(self, step: int) -> None: ...
+
     def update(self, step: int, facts: Mapping[str, Any]) -> None: ...
 
     def say(self, line: str) -> None: ...
@@ -58,12 +60,17 @@ class LiveProgress(Progress):
             TimeRemainingColumn(),
             console=Console(file=out, force_terminal=True),
             transient=True,
+            redirect_stdout=False,  # they go to the rank's log
+            redirect_stderr=False,
         )
         self._task: Any = None
 
     def start(self, total_steps: int, step: int) -> None:
         self._bar.start()
         self._task = self._bar.add_task("", total=total_steps, completed=step, facts="")
+
+    def tick(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
 
     def update(self, step: int, facts: Mapping[str, Any]) -> None:
         self._bar.update(self._task, completed=step, facts=_facts(facts))
