@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
+import os
 import signal
 import sys
+import threading
+from multiprocessing import connection
 from types import FrameType
 
 import torch
@@ -45,6 +49,18 @@ class StopFlag:
 
 
 def die_with_parent() -> None:
-    """Ask Linux to kill this process when the process that started it ends, however that ends."""
+    """End this process when the one that started it ends, however that ends.
+
+    Linux watches the parent. Under our launcher that is the fork server, which lives as long as a rank does; a thread
+    watches the launcher itself.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    launcher = multiprocessing.parent_process()
+    if launcher is not None:
+        threading.Thread(target=_follow, args=(launcher.sentinel,), daemon=True, name="die with launcher").start()
+
+
+def _follow(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
