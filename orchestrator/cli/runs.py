@@ -156,10 +156,7 @@ def _conclude(bundle: Bundle, ended: Ended) -> None:
     elif ended.exit_code:
         record_stop(bundle, ended.exit_code)
     try:
-        try:
         write_report(bundle.folder)
-    except Exception as error:  # a picture must not cost a finished run its exit code
-        note(f"warning: report.html could not be drawn ({type(error).__name__}: {error})")
     except Exception as error:  # the exit code is a contract about the run, which a page must not break
         note(f"warning: no report.html ({type(error).__name__}: {error})")
 
