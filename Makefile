@@ -17,7 +17,7 @@ $(INSTALLED): requirements.lock requirements-uv.lock pyproject.toml
 		{ echo "error: PYTHON = $(PYTHON): Python 3.11 is needed. Way out: make PYTHON=/path/to/python3.11 ..."; exit 42; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
-	UV_HTTP_TIMEOUT=180 VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip sync --require-hashes requirements.lock
+	UV_HTTP_TIMEOUT=180 VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip sync --compile-bytecode --require-hashes requirements.lock
 	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet --no-deps --editable .
 	@touch $@
 

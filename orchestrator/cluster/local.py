@@ -27,7 +27,7 @@ from orchestrator.errors import (
     ConfigError,
 )
 
-PRELOADED = ["orchestrator.train.fit", "orchestrator.train.evaluation_job", "jobs.train", "jobs.evaluate", "timm"]
+PRELOADED = ["orchestrator.train.fit", "orchestrator.train.evaluation_job", "jobs.train", "jobs.evaluate"]
 FINAL = {0, EXIT_USER, EXIT_NO_PROGRESS, EXIT_STOPPED, EXIT_INTERRUPTED, EXIT_TERMINATED}
 """Exit codes after which this machine does not start the run again by itself."""
 MONITOR_S = 0.05
