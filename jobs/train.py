@@ -12,13 +12,15 @@ import time
 from pathlib import Path
 
 from orchestrator.bundle import load_bundle
-from orchestrator.train.fit import fit
-from orchestrator.train.process import supervise
 from orchestrator.world import read_world
 
 
 def rank(bundle_path: str, attempt: int, began: float) -> None:
     """What the launcher calls in each process; ends it with the contract's exit code."""
+    # Here and not above: the launcher names this function without paying for what it needs.
+    from orchestrator.train.fit import fit
+    from orchestrator.train.process import supervise
+
     bundle, world = load_bundle(Path(bundle_path)), read_world()
     code = supervise(bundle.folder, world, attempt, lambda out: fit(bundle, world, attempt, began, out))
     if code:
