@@ -7,11 +7,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import IO, Any
 
-import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.plugins.environments import ClusterEnvironment  # pyright: ignore[reportPrivateImportUsage]
-from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
 
 from orchestrator.bundle import Bundle
@@ -37,51 +34,11 @@ from orchestrator.train.preflight import Sets, class_names, open_sets, total_ste
 from orchestrator.train.process import Rank, choose_device, join_group, prepare_arithmetic
 from orchestrator.train.progress import Progress, open_progress
 from orchestrator.train.signals import StopFlag
+from orchestrator.train.trainer import build_trainer
 from orchestrator.world import World
 
 STOP_MIRROR_S = 5.0
 """What W&B may cost when the run was asked to stop."""
-PRECISIONS = {Precision.fp32: "32-true", Precision.bf16: "bf16-mixed", Precision.fp16: "16-mixed"}
-
-
-class GivenWorld(ClusterEnvironment):
-    """Tells Lightning which process this is, so that it looks at no environment variable of any scheduler."""
-
-    def __init__(self, world: World):
-        super().__init__()
-        self._world = world
-
-    @property
-    def creates_processes_externally(self) -> bool:
-        return True
-
-    @property
-    def main_address(self) -> str:
-        return self._world.master_addr
-
-    @property
-    def main_port(self) -> int:
-        return self._world.master_port
-
-    @staticmethod
-    def detect() -> bool:
-        return False
-
-    def world_size(self) -> int:
-        return self._world.world_size
-
-    def global_rank(self) -> int:
-        return self._world.rank
-
-    def local_rank(self) -> int:
-        return self._world.local_rank
-
-    def node_rank(self) -> int:
-        return self._world.rank // self._world.local_world_size
-
-    def set_world_size(self, size: int) -> None: ...
-
-    def set_global_rank(self, rank: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +227,7 @@ def _train(job: Job, parts: Parts, resumed: TrainState | None) -> None:
     border = StepBorder(parts, job.rank, resumed)
     if span.first_step < span.total_steps:
         parts.progress.start(span.total_steps, span.first_step)
-        _trainer(job.config, job.rank, border).fit(module, train_dataloaders=parts.loader)
+        build_trainer(job.config, job.rank, border).fit(module, train_dataloaders=parts.loader)
         parts.progress.stop()
     if border.stop_code is not None and module.step < span.total_steps:
         _stop(parts, border.stop_code)
@@ -304,26 +261,3 @@ def _finish(job: Job, parts: Parts, recorder: Recorder, evaluation: Evaluation) 
     note = parts.tracker.finish()
     if note:
         parts.progress.say(note)
-
-
-def _trainer(config: RunConfig, rank: Rank, border: StepBorder) -> pl.Trainer:
-    """Lightning for one long epoch; saving, logging, validation and progress happen at the step's border."""
-    return pl.Trainer(
-        accelerator="gpu" if rank.device.type == "cuda" else "cpu",
-        strategy=_strategy(rank),
-        devices=rank.world.local_world_size,
-        num_nodes=rank.world.world_size // rank.world.local_world_size,
-        precision=PRECISIONS[config.compute.precision],  # pyright: ignore[reportArgumentType]
-        max_epochs=1,
-        accumulate_grad_batches=config.recipe.accumulate,
-        gradient_clip_val=config.recipe.clip_norm or None,
-        callbacks=[border],
-        use_distributed_sampler=False,
-        barebones=True,
-    )
-
-
-def _strategy(rank: Rank) -> Strategy:
-    if rank.world.world_size == 1:
-        return SingleDeviceStrategy(rank.device)
-    return DDPStrategy(cluster_environment=GivenWorld(rank.world), gradient_as_bucket_view=True)
