@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from launching import cli, saboteur, saboteur_package, session_cli, shards, small, trained, warm_server  # noqa: F401
 
 
 @pytest.fixture(scope="session")
