@@ -58,7 +58,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_file_and_nothing_else(tmp_pa
 
 
 def test_a_full_disk_is_an_unfit_node() -> None:
-    with pytest.raises(NodeError, match=r"no space left.*Way out") as caught, disk_errors(Path("/runs/x")):
+    with pytest.raises(NodeError, match=r"disk full.*Way out") as caught, disk_errors(Path("/runs/x")):
         os.write(os.open("/dev/full", os.O_WRONLY), b"x")
     assert caught.value.exit_code == EXIT_NODE
     assert "/runs/x" in str(caught.value)

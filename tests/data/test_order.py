@@ -198,7 +198,21 @@ def test_evaluation_meets_every_sample_once_in_equal_steps(samples: int) -> None
 
 def test_keys_give_streams_of_their_own() -> None:
     keys: list[tuple[int | str, ...]] = list(itertools.product(range(20), range(20), range(20), ("order", "augment")))
-    keys += [(1, 23), (12, 3), (123,), ("1", 23), ("12", "3"), ("123",), (1, "23"), (-1, 23), (), ("",), ("", "")]
+    keys += [
+        (1, 23),
+        (12, 3),
+        (123,),
+        ("1", 23),
+        ("12", "3"),
+        ("123",),
+        (1, "23"),
+        (-1, 23),
+        (),
+        ("",),
+        ("", ""),
+        ("a", "b"),
+        ("astr:b",),
+    ]
     draws = {keyed_rng(*key).bit_generator.random_raw() for key in keys}
     assert len(draws) == len(keys)
 
