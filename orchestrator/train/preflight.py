@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from orchestrator.config import RunConfig
-from orchestrator.data.index import ShardIndex, load_index
+from orchestrator.data.fetch import local_path
+from orchestrator.data.index import Shard, ShardIndex, load_index
+from orchestrator.data.members import list_first
 from orchestrator.data.order import TrainPlan
+from orchestrator.data.remote import is_url
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.model.zoo import build_model
 from orchestrator.train.process import require_device
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +64,34 @@ def check_run(config: RunConfig, processes: int) -> Sets:
     """All that can be known to be wrong before the run's folder exists: data, sizes, device, model."""
     sets = open_sets(config)
     sets.plan(config).require_fits(processes, config.recipe.accumulate)
+    _require_local_shards([*sets.train.shards, *sets.val.shards])
     require_device(config.compute, processes)
     _require_model(config, sets.num_classes)
     return sets
 
 
 def _require_model(config: RunConfig, num_classes: int) -> None:
-    # Without storage it costs no time; a network that cannot be built so is left to the ranks.
-    with suppress(RuntimeError, NotImplementedError), torch.device("meta"):
-        build_model(config.model, num_classes)
+    try:
+        with torch.device("meta"):  # without storage, so that it costs no time
+            build_model(config.model, num_classes)
+    except ConfigError:
+        raise
+    except Exception as error:
+        log.debug("%s cannot be built without storage, which is left to the ranks: %s", config.model.name, error)
+
+
+def _require_local_shards(shards: Sequence[Shard]) -> None:
+    faults = [fault for shard in shards if not is_url(shard.location) and (fault := _fault(shard))]
+    if faults:
+        raise DataError(f"{len(faults)} of {len(shards)} shards are not as their index says:\n{list_first(faults)}")
+
+
+def _fault(shard: Shard) -> str | None:
+    try:
+        local_path(shard)
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def head_size(config: RunConfig, index: ShardIndex) -> int:
