@@ -86,7 +86,7 @@ class StepBorder(pl.Callback):
         last = step == span.total_steps
         epoch_ends = last or step % span.steps_per_epoch == 0
         self.parts.progress.tick(step)
-        if epoch_ends or step == span.first_step + 1 or step % config.tracking.log_every_steps == 0:
+        if epoch_ends or step == 1 or step % config.tracking.log_every_steps == 0:
             self._log(step)
         self.stop_code = self.parts.flag.agree()
         metrics = self._evaluate(step) if epoch_ends else {}
