@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from launching import Cli, Run
 from torch import nn
+from torch.multiprocessing.spawn import start_processes
 
 from orchestrator.data.order import EvalPlan
 from orchestrator.data.stream import PAD, Batch
@@ -37,6 +37,7 @@ class Readout(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(1 / 16))
+        self.shift: torch.Tensor
         self.register_buffer("shift", torch.tensor(float(dist.get_rank()) if dist.is_initialized() else 0.0))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -130,7 +131,7 @@ def _one_of(rank: int, world_size: int, folder: str) -> None:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_real_processes_give_what_one_gives_and_each_has_the_whole_result(world_size: int, tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_one_of, (world_size, folder), nprocs=world_size, start_method="fork")
+        start_processes(_one_of, (world_size, folder), nprocs=world_size, start_method="fork")
         answers = [torch.load(f"{folder}/rank_{rank}", weights_only=False) for rank in range(world_size)]
     for flat in (False, True):
         alone = run(8, flat=flat)

@@ -135,7 +135,7 @@ def fit(module: Classifier, accumulate: int, steps: range) -> list[float]:
         accelerator="cpu", devices=1, max_epochs=1, accumulate_grad_batches=accumulate, callbacks=[recorded],
         barebones=True,
     )  # fmt: skip
-    trainer.fit(module, train_dataloaders=DataLoader(list(batches()), batch_size=None))
+    trainer.fit(module, train_dataloaders=DataLoader(list(batches()), batch_size=None))  # pyright: ignore[reportArgumentType]
     return recorded.rates
 
 

@@ -206,3 +206,13 @@ class TestLauncher:
         shown = cli("train", *overrides, "--json")
         assert "already finished" in shown.err
         require_equal_to(undisturbed, shown, cli)
+
+    def test_an_error_of_a_job_by_hand_is_told_on_the_terminal(
+        self, cli: Cli, overrides: tuple[str, ...], saboteur: Saboteur
+    ) -> None:
+        saboteur.arm("raise", 0, 2)
+        answer = cli.cold(*overrides, "compute.num_processes=1", module=("-m", "jobs.train"))
+        assert saboteur.fired
+        assert answer.code == 1
+        assert answer.last_line() == "error: rank 0: ArithmeticError: the saboteur struck"
+        assert answer.err.count("Traceback") == 1
