@@ -87,9 +87,8 @@ def end_service(patience_s: float = UPLOAD_TIMEOUT_S) -> None:
 
     While it lives, it refuses the run id of a start that failed, and holds the output streams of this process open.
     """
-    from wandb.sdk import wandb_setup
-
     import wandb
+    from wandb.sdk import wandb_setup
 
     connection = getattr(wandb_setup._singleton, "_connection", None)
     process = getattr(getattr(connection, "_proc", None), "_process", None)
@@ -120,9 +119,8 @@ def _folders(plan: Plan) -> list[Path]:
 
 
 def init_run(plan: Plan, mode: str) -> Run:
-    from wandb.sdk.lib import import_hooks
-
     import wandb
+    from wandb.sdk.lib import import_hooks
 
     plan.run_folder.joinpath("wandb").mkdir(parents=True, exist_ok=True)
     run = wandb.init(

@@ -28,7 +28,6 @@ from orchestrator.track.session import (
 
 if TYPE_CHECKING:
     from pytorch_lightning.loggers import WandbLogger
-
     from wandb import Run
 
 logger = logging.getLogger(__name__)
