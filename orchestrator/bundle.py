@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.compose import Composed
-from orchestrator.config import MAY_CHANGE, RunConfig, from_dict, to_dict
+from orchestrator.config import MAY_CHANGE, RunConfig
 from orchestrator.errors import UserError
 from orchestrator.files import read_json, write_json
+from orchestrator.plain import from_dict, to_dict
 
 SCHEMA = 1
 RECORDED_PACKAGES = (

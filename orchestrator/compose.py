@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, is_dataclass
@@ -9,8 +10,9 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from orchestrator.config import GROUPS, INF, RunConfig, from_dict, to_dict
+from orchestrator.config import GROUPS, INF, RunConfig
 from orchestrator.errors import ConfigError, UserError, nearest
+from orchestrator.plain import from_dict, to_dict
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 ROOT_FILE = "config"
 CHOICES = (*GROUPS, "experiment")
 OVERRIDE = "override"
+RESOLVER = re.compile(r"\$\{[\w.]+:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,17 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> Compo
     for override in _parse(overrides):
         _check_override(override, search)
     plain, sources = _compose_plain(list(overrides), search)
-    return Composed(from_dict(plain), tuple(overrides), sources)
+    composed = Composed(from_dict(plain), tuple(overrides), sources)
+    _require_rate_of_optimizer(composed)
+    return composed
+
+
+def _require_rate_of_optimizer(composed: Composed) -> None:
+    """A recipe's learning rate belongs to its own optimizer; under another one it would diverge in silence."""
+    origin, optimizer = composed.sources["optimizer.lr"], composed.config.optimizer
+    if "optimizer" in composed.typed_keys() and "recipe/" in origin:
+        rule = f"would run with the optimizer.lr = {optimizer.lr:g} that {origin} sets for its own optimizer"
+        raise ConfigError("optimizer", optimizer.kind.name, rule, "add optimizer.lr=..., or leave optimizer out")
 
 
 def choices(group: str, search: Sequence[Path]) -> list[str]:
@@ -126,6 +139,9 @@ def _check_override(override: Any, search: Sequence[Path]) -> None:
     adds = override.is_add() or (override.is_force_add() and key in CHOICES)
     if adds or override.is_delete() or override.package is not None:
         raise ConfigError(key, override.input_line, "only key=value is taken", f"write {key}=VALUE")
+    if RESOLVER.search(override.input_line):
+        rule = "calls a resolver, and a run must not depend on the clock or the environment"
+        raise ConfigError(key, override.input_line.partition("=")[2], rule, "write the value itself")
     if override.is_sweep_override():
         raise ConfigError(
             key,

@@ -1,106 +1,30 @@
 """The schema of a run: every key's name, type, unit and rule. Values stand in ``conf/``; nothing here has a default.
 
-Composition and freezing live in `compose.py`; this module imports neither Hydra nor OmegaConf.
+One module on purpose, longer than the others: the page that answers what a run can be told. Composition lives in
+`compose.py`, plain values in `plain.py`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from enum import Enum
-from math import isfinite
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
 
-from orchestrator.errors import ConfigError, nearest
+from orchestrator.errors import ConfigError
+from orchestrator.options import (
+    ClusterKind,
+    Crop,
+    Device,
+    Interpolation,
+    OnBad,
+    OptimizerKind,
+    Precision,
+    Schedule,
+    Shortcut,
+    Stem,
+    TrackingMode,
+)
 
 RUN_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,29}[a-z0-9])?")
-
-
-class Crop(Enum):
-    """How a training image becomes `data.image_size` pixels square."""
-
-    random_resized = "random_resized"
-    pad = "pad"
-    none = "none"
-
-
-class Interpolation(Enum):
-    """The resampling filter, antialiased."""
-
-    bilinear = "bilinear"
-    bicubic = "bicubic"
-
-
-class OnBad(Enum):
-    """What an unreadable sample does: end the run, or be left out and counted."""
-
-    fail = "fail"
-    skip = "skip"
-
-
-class Stem(Enum):
-    """The first layers of a ResNet: 7x7/2 + pooling, or 3x3/1 for images under about 64 pixels."""
-
-    imagenet = "imagenet"
-    small = "small"
-
-
-class Shortcut(Enum):
-    """He et al.: A = zero-padded identity without parameters, B = projection."""
-
-    A = "A"
-    B = "B"
-
-
-class OptimizerKind(Enum):
-    """Names as torch and timm have them."""
-
-    sgd = "sgd"
-    adamw = "adamw"
-    rmsprop = "rmsprop"
-    lamb = "lamb"
-    lars = "lars"
-
-
-class Schedule(Enum):
-    """The shape of the learning rate after the warm-up."""
-
-    cosine = "cosine"
-    step = "step"
-    linear = "linear"
-    constant = "constant"
-
-
-class Precision(Enum):
-    """Arithmetic of forward and backward; weights and optimizer stay in fp32."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class Device(Enum):
-    """`auto` takes the GPUs of the machine, else the CPU."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class ClusterKind(Enum):
-    """Where the job goes."""
-
-    local = "local"
-
-
-class TrackingMode(Enum):
-    """Weights & Biases: a folder to sync later, a live run, or nothing."""
-
-    offline = "offline"
-    online = "online"
-    disabled = "disabled"
 
 
 def _require(ok: bool, key: str, value: object, rule: str, way_out: str) -> None:
@@ -498,69 +422,3 @@ MAY_CHANGE = (
     "compute.master_port",
 )
 """Keys that may differ between the attempts of a run: they are left out of its id."""
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Plain JSON values of a config dataclass; enums by name."""
-    plain = {}
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            value = to_dict(value)
-        plain[field.name] = value.name if isinstance(value, Enum) else value
-    return plain
-
-
-def from_dict(values: Mapping[str, Any], kind: type[Any] = RunConfig, prefix: str = "") -> Any:
-    """The config dataclass of plain values, every rule checked.
-
-    Raises ConfigError for a key that is unknown, missing or of another type.
-    """
-    hints = get_type_hints(kind)
-    for key in values:
-        if key not in hints:
-            raise ConfigError(prefix + key, values[key], "is not a key of the config", nearest(key, hints))
-    arguments = {}
-    for key, hint in hints.items():
-        if key not in values:
-            raise ConfigError(prefix + key, "(missing)", "must be set", f"add {prefix}{key}=...")
-        arguments[key] = _typed(values[key], hint, prefix + key)
-    return kind(**arguments)
-
-
-def _typed(value: Any, hint: Any, key: str) -> Any:
-    if is_dataclass(hint):
-        return from_dict(value, hint, key + ".")  # pyright: ignore[reportArgumentType]
-    if isinstance(hint, UnionType):
-        if value is None:
-            return None
-        hint = get_args(hint)[0]
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return _member(value, hint, key)
-    if get_origin(hint) is list:
-        if not isinstance(value, list):
-            raise ConfigError(key, value, "must be a list", f"write {key}=[{value}]")
-        return [_typed(item, get_args(hint)[0], key) for item in value]
-    return _scalar(value, hint, key)
-
-
-def _member(value: Any, kind: type[Enum], key: str) -> Enum:
-    name = value.name if isinstance(value, Enum) else str(value)
-    if name not in kind.__members__:
-        rule = f"must be one of {', '.join(kind.__members__)}"
-        raise ConfigError(key, value, rule, nearest(name, kind.__members__))
-    return kind[name]
-
-
-def _scalar(value: Any, kind: type, key: str) -> Any:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
-    if kind is float and is_number:
-        return float(value)
-    if kind is int and is_number and value == int(value):
-        return int(value)
-    if kind is str and is_number:
-        return str(value)
-    if kind in (bool, str) and isinstance(value, kind):
-        return value
-    raise ConfigError(key, value, f"must be {names[kind]}", f"give {key} {names[kind]}")

@@ -16,8 +16,9 @@ import pytest
 
 from orchestrator.bundle import Bundle, freeze, load_bundle, run_id, write_bundle
 from orchestrator.compose import compose, leaf_keys
-from orchestrator.config import MAY_CHANGE, RunConfig, from_dict, to_dict
+from orchestrator.config import MAY_CHANGE, RunConfig
 from orchestrator.errors import EXIT_USER, ConfigError, UserError
+from orchestrator.plain import from_dict, to_dict
 
 BY_HAND = {
     "name": "another", "compute.num_processes": "1", "data.eval_resize": 9, "recipe.step_epochs": [1],

@@ -12,8 +12,9 @@ import yaml
 
 from orchestrator.compose import CHOICES, OVERRIDE, Composed, choices, compose, conf_dir, flatten, leaf_keys, overlay
 from orchestrator.compose import render as render_config
-from orchestrator.config import GROUPS, to_dict
+from orchestrator.config import GROUPS
 from orchestrator.errors import EXIT_USER, ConfigError, UserError
+from orchestrator.plain import to_dict
 
 compose_once = functools.cache(lambda *overrides: compose(overrides))
 FILES = sorted(path.relative_to(conf_dir()) for path in conf_dir().rglob("*.yaml"))
@@ -280,3 +281,16 @@ def test_only_what_was_typed_replaces_a_frozen_config(base: Composed) -> None:
     assert laid == expected
     assert overlay(frozen, base) == frozen
     assert yaml.safe_dump(frozen) == before
+
+
+@pytest.mark.parametrize("value", ["${now:%Y}", "${oc.env:HOME}", "run-${hydra:job.id}"])
+def test_an_override_cannot_take_its_value_from_the_clock_or_the_environment(value: str) -> None:
+    with pytest.raises(ConfigError, match="calls a resolver"):
+        compose([f"name={value}"])
+
+
+def test_another_optimizer_under_a_recipe_needs_its_own_learning_rate() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer = adamw: would run with the optimizer.lr = 0.1 that conf/recipe"):
+        compose(["recipe=goyal_1h", "optimizer=adamw"])
+    assert compose(["recipe=goyal_1h", "optimizer=adamw", "optimizer.lr=1e-3"]).config.optimizer.lr == 1e-3
+    assert compose(["recipe=goyal_1h"]).config.optimizer.lr == 0.1

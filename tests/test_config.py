@@ -12,8 +12,9 @@ import pytest
 
 from orchestrator import config as schema
 from orchestrator.compose import compose, flatten, leaf_keys
-from orchestrator.config import GROUPS, MAY_CHANGE, RunConfig, from_dict, to_dict
+from orchestrator.config import GROUPS, MAY_CHANGE, RunConfig
 from orchestrator.errors import EXIT_USER, ConfigError
+from orchestrator.plain import from_dict, to_dict
 
 DATACLASSES = [kind for _, kind in inspect.getmembers(schema, dataclasses.is_dataclass)]
 ENUMS = [kind for _, kind in inspect.getmembers(schema, inspect.isclass) if issubclass(kind, Enum) and kind is not Enum]

@@ -20,13 +20,14 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 from webdataset.pipeline import DataPipeline
 
-from orchestrator.config import DataConfig, OnBad
+from orchestrator.config import DataConfig
 from orchestrator.data.fetch import local_path
 from orchestrator.data.images import ImageError, decode_image
 from orchestrator.data.index import Members, ShardIndex, load_members
 from orchestrator.data.order import EvalPlan, TrainPlan, cut, keyed_rng
 from orchestrator.data.transforms import eval_pixels, preprocessing_of, train_pixels
 from orchestrator.errors import DataError, OrchestratorError
+from orchestrator.options import OnBad
 
 OPEN_SHARDS = 64
 PAD = -1

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from orchestrator.config import Crop, DataConfig, Interpolation
+from orchestrator.config import DataConfig
+from orchestrator.options import Crop, Interpolation
 
 Box = tuple[float, float, float, float]
 """left, top, right, bottom in pixels of the original"""

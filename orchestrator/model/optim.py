@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn, optim
 
-from orchestrator.config import OptimizerConfig, OptimizerKind, RecipeConfig, Schedule
+from orchestrator.config import OptimizerConfig, RecipeConfig
 from orchestrator.errors import ConfigError
+from orchestrator.options import OptimizerKind, Schedule
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay_norm_and_bias: bool) -> list[dict[str, Any]]:

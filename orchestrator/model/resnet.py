@@ -13,7 +13,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from orchestrator.config import Shortcut, Stem
+from orchestrator.options import Shortcut, Stem
 
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
 conv1x1 = partial(nn.Conv2d, kernel_size=1, bias=False)

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from orchestrator.config import ModelConfig, Shortcut, Stem
+from orchestrator.config import ModelConfig
 from orchestrator.errors import ConfigError, nearest
 from orchestrator.model.resnet import CIFAR_DEPTHS, IMAGENET_DEPTHS, ResNetOptions, cifar_resnet, resnet
+from orchestrator.options import Shortcut, Stem
 
 ENTRY_POINTS = "orchestrator.models"
 TIMM = "timm/"

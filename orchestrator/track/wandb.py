@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from orchestrator.config import TrackingConfig, TrackingMode
+from orchestrator.config import TrackingConfig
+from orchestrator.options import TrackingMode
 from orchestrator.track.artifacts import add_checkpoint, add_confusion, add_shard_index
 from orchestrator.track.runs import load_run
 from orchestrator.track.session import (

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from orchestrator.bundle import Bundle
-from orchestrator.config import Precision, RunConfig, to_dict
+from orchestrator.config import RunConfig
 from orchestrator.data.order import EvalPlan, TrainPlan
 from orchestrator.data.stream import Split, eval_loader, train_loader
 from orchestrator.data.transforms import preprocessing_of
@@ -22,6 +22,8 @@ from orchestrator.model.ema import ExponentialMovingAverage
 from orchestrator.model.module import Classifier, Span
 from orchestrator.model.weights import load_weights
 from orchestrator.model.zoo import build_model
+from orchestrator.options import Precision
+from orchestrator.plain import to_dict
 from orchestrator.track import wandb
 from orchestrator.track.wandb import NullTracker, Tracker
 from orchestrator.train import checkpoint

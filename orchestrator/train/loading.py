@@ -10,12 +10,13 @@ from typing import Any
 from torch import nn
 
 from orchestrator.compose import Composed, overlay
-from orchestrator.config import ModelConfig, RunConfig, from_dict, to_dict
+from orchestrator.config import ModelConfig, RunConfig
 from orchestrator.data.transforms import Preprocessing, preprocessing_of
 from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.files import read_json
 from orchestrator.model.weights import load_weights
 from orchestrator.model.zoo import build_model, imagenet_names
+from orchestrator.plain import from_dict, to_dict
 from orchestrator.train import checkpoint
 
 IMAGENET_CLASSES = 1000

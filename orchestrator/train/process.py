@@ -20,8 +20,9 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.rendezvous import rendezvous
 
-from orchestrator.config import ComputeConfig, Device, Precision
+from orchestrator.config import ComputeConfig
 from orchestrator.errors import ConfigError, OrchestratorError, StopRequested
+from orchestrator.options import Device, Precision
 from orchestrator.train.signals import die_with_parent
 from orchestrator.world import ALONE, World
 

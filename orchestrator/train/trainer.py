@@ -6,7 +6,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import ClusterEnvironment  # pyright: ignore[reportPrivateImportUsage]
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
-from orchestrator.config import Precision, RunConfig
+from orchestrator.config import RunConfig
+from orchestrator.options import Precision
 from orchestrator.train.process import Rank
 from orchestrator.world import World
 

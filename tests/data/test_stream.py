@@ -19,12 +19,13 @@ import torch
 from PIL import Image
 
 from orchestrator.compose import compose
-from orchestrator.config import Crop, DataConfig, OnBad
+from orchestrator.config import DataConfig
 from orchestrator.data.index import ShardIndex, load_index
 from orchestrator.data.indexing import index_tars
 from orchestrator.data.order import EvalPlan, TrainPlan
 from orchestrator.data.stream import PAD, Batch, ShardReader, Split, eval_loader, train_loader
 from orchestrator.errors import EXIT_USER, DataError
+from orchestrator.options import Crop, OnBad
 
 SIZES = (5, 1, 9, 3, 4)
 SIDE = 10

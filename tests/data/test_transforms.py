@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from orchestrator.compose import compose
-from orchestrator.config import Crop, DataConfig, Interpolation
+from orchestrator.config import DataConfig
 from orchestrator.data import transforms
 from orchestrator.data.order import keyed_rng
 from orchestrator.data.transforms import Preprocessing, eval_pixels, preprocessing_of, train_pixels
+from orchestrator.options import Crop, Interpolation
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from orchestrator.config import OptimizerConfig, OptimizerKind, RecipeConfig, Schedule, Stem
+from orchestrator.config import OptimizerConfig, RecipeConfig
 from orchestrator.errors import ConfigError
 from orchestrator.model.optim import build_optimizer, learning_rate_factor, parameter_groups, peak_lr
 from orchestrator.model.resnet import ResNetOptions, cifar_resnet
+from orchestrator.options import OptimizerKind, Schedule, Stem
 
 
 def recipe(**changes: Any) -> RecipeConfig:

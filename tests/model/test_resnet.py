@@ -10,7 +10,6 @@ import torch
 import torchvision
 from torch import nn
 
-from orchestrator.config import Shortcut, Stem
 from orchestrator.model.resnet import (
     CIFAR_DEPTHS,
     IMAGENET_DEPTHS,
@@ -21,6 +20,7 @@ from orchestrator.model.resnet import (
     cifar_resnet,
     resnet,
 )
+from orchestrator.options import Shortcut, Stem
 
 
 def count(model: nn.Module) -> int:

@@ -18,12 +18,13 @@ from PIL import Image
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
-from orchestrator.config import ModelConfig, Shortcut, Stem
+from orchestrator.config import ModelConfig
 from orchestrator.errors import CheckpointError
 from orchestrator.model.ema import ExponentialMovingAverage
 from orchestrator.model.resnet import ResNetOptions, cifar_resnet
 from orchestrator.model.weights import load_weights
 from orchestrator.model.zoo import build_model, imagenet_names
+from orchestrator.options import Shortcut, Stem
 
 CATS = {281, 282, 285}
 

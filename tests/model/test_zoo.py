@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from orchestrator.config import ModelConfig, Shortcut, Stem
+from orchestrator.config import ModelConfig
 from orchestrator.errors import ConfigError
 from orchestrator.model.resnet import ResNet
 from orchestrator.model.zoo import OURS, build_model, imagenet_names, known_models
+from orchestrator.options import Shortcut, Stem
 
 PLUGIN = """
 import torch

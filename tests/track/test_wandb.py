@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 from stand_in_wandb import StandInWandb
 
-from orchestrator.config import TrackingConfig, TrackingMode
+from orchestrator.config import TrackingConfig
+from orchestrator.options import TrackingMode
 from orchestrator.track import session
 from orchestrator.track import wandb as mirror
 
@@ -237,7 +238,8 @@ def test_disabled_tracking_never_imports_wandb(tmp_path: Path):
     script = """
 import sys
 from pathlib import Path
-from orchestrator.config import TrackingConfig, TrackingMode
+from orchestrator.config import TrackingConfig
+from orchestrator.options import TrackingMode
 from orchestrator.track.wandb import start
 c = TrackingConfig(mode=TrackingMode.disabled, entity=None, project="p", group=None, tags=[], log_every_steps=1,
                    upload_checkpoint=True, init_timeout_s=1.0)
@@ -261,7 +263,8 @@ class WandbLogger:
 sys.modules["pytorch_lightning"] = types.ModuleType("pytorch_lightning")
 sys.modules["pytorch_lightning.loggers"] = types.SimpleNamespace(WandbLogger=WandbLogger)
 from pathlib import Path
-from orchestrator.config import TrackingConfig, TrackingMode
+from orchestrator.config import TrackingConfig
+from orchestrator.options import TrackingMode
 from orchestrator.track.wandb import start
 c = TrackingConfig(mode=TrackingMode.online, entity=None, project="p", group=None, tags=[], log_every_steps=1,
                    upload_checkpoint=True, init_timeout_s=1.0)

@@ -1,0 +1,90 @@
+"""The choices of the schema, named as users type them."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Crop(Enum):
+    """How a training image becomes `data.image_size` pixels square."""
+
+    random_resized = "random_resized"
+    pad = "pad"
+    none = "none"
+
+
+class Interpolation(Enum):
+    """The resampling filter, antialiased."""
+
+    bilinear = "bilinear"
+    bicubic = "bicubic"
+
+
+class OnBad(Enum):
+    """What an unreadable sample does: end the run, or be left out and counted."""
+
+    fail = "fail"
+    skip = "skip"
+
+
+class Stem(Enum):
+    """The first layers of a ResNet: 7x7/2 + pooling, or 3x3/1 for images under about 64 pixels."""
+
+    imagenet = "imagenet"
+    small = "small"
+
+
+class Shortcut(Enum):
+    """He et al.: A = zero-padded identity without parameters, B = projection."""
+
+    A = "A"
+    B = "B"
+
+
+class OptimizerKind(Enum):
+    """Names as torch and timm have them."""
+
+    sgd = "sgd"
+    adamw = "adamw"
+    rmsprop = "rmsprop"
+    lamb = "lamb"
+    lars = "lars"
+
+
+class Schedule(Enum):
+    """The shape of the learning rate after the warm-up."""
+
+    cosine = "cosine"
+    step = "step"
+    linear = "linear"
+    constant = "constant"
+
+
+class Precision(Enum):
+    """Arithmetic of forward and backward; weights and optimizer stay in fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Device(Enum):
+    """`auto` takes the GPUs of the machine, else the CPU."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class ClusterKind(Enum):
+    """Where the job goes."""
+
+    local = "local"
+
+
+class TrackingMode(Enum):
+    """Weights & Biases: a folder to sync later, a live run, or nothing."""
+
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
