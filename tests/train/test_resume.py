@@ -147,10 +147,10 @@ def test_damaged_newer_checkpoints_do_not_crowd_out_the_ones_that_a_resumed_run_
     cli: Cli, overrides: tuple[str, ...], undisturbed: Run, saboteur: Saboteur
 ) -> None:
     keep = ("checkpointing.keep_last=1", "checkpointing.every_steps=1", "checkpointing.every_epochs=0")
-    saboteur.arm("SIGTERM", 0, 5)
+    saboteur.arm("SIGTERM", 0, 7)
     assert cli("train", *overrides, "checkpointing.every_steps=4").code == 143
     (folder,) = (cli.cwd / "runs").iterdir()
-    newest = folder / "checkpoints" / "step_00000005"
+    newest = folder / "checkpoints" / "step_00000007"
     os.truncate(newest / "model.safetensors", 100)
     resumed = cli("train", *overrides, *keep, "--json")
     assert f"{newest.relative_to(cli.cwd)}/model.safetensors has 100 of" in resumed.err
