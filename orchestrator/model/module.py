@@ -68,7 +68,7 @@ class Classifier(pl.LightningModule):
         self.config, self.span = config, span
         self.step = span.first_step
         self.peak_lr = peak_lr(config.optimizer, config.recipe.global_batch_size)
-        self._tally = torch.zeros(4, dtype=torch.float64)
+        self._tally = torch.zeros(5, dtype=torch.float64)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         logits = self.net(self.normalise(batch.images))
@@ -76,14 +76,15 @@ class Classifier(pl.LightningModule):
         losses = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=smoothing)
         weights = (batch.ids >= 0).to(losses.dtype)
         loss = (losses * weights).sum()
-        self._count(loss, logits, batch.labels, weights)
+        self._count(loss, logits, weights, batch)
         # DDP divides by the ranks and Lightning by the parts of a step; the step's mean is wanted.
         return loss * (self.span.world_size * self.config.recipe.accumulate / batch.step_size)
 
     @torch.no_grad()
-    def _count(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> None:
-        first, among = count_hits(logits, labels)
-        sums = torch.stack([loss, (first * weights).sum(), (among * weights).sum(), weights.sum()])
+    def _count(self, loss: torch.Tensor, logits: torch.Tensor, weights: torch.Tensor, batch: Any) -> None:
+        first, among = count_hits(logits, batch.labels)
+        skipped = torch.full_like(loss, batch.skipped)
+        sums = torch.stack([loss, (first * weights).sum(), (among * weights).sum(), weights.sum(), skipped])
         self._tally = self._tally.to(sums.device) + sums.detach()
 
     @property
@@ -96,7 +97,7 @@ class Classifier(pl.LightningModule):
         self._tally = self._tally + torch.tensor(sums, dtype=torch.float64)
 
     def take_tally(self) -> torch.Tensor:
-        """Sums since the last call on this rank: (4,) float64 of loss, top-1 hits, top-5 hits, samples."""
+        """Sums since the last call on this rank: (5,) float64 of loss, top-1 and top-5 hits, samples, skipped."""
         tally, self._tally = self._tally, torch.zeros_like(self._tally)
         return tally
 

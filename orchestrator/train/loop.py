@@ -102,7 +102,7 @@ class StepBorder(pl.Callback):
     def _log(self, step: int) -> None:
         """Log sums over all ranks since the last time, and the speed without evaluation and saves."""
         tally = self._sum(self.parts.module.take_tally().cpu())
-        loss, hits1, hits5, count = (float(value) for value in tally)
+        loss, hits1, hits5, count, skipped = (float(value) for value in tally)
         elapsed = time.perf_counter() - self._began - self._away
         waited = self.parts.loader.wait_s - self._waited
         self.parts.clock.add("data_wait", waited)
@@ -114,12 +114,15 @@ class StepBorder(pl.Callback):
             "train/acc1": hits1 / max(count, 1),
             "train/acc5": hits5 / max(count, 1),
             "train/images_per_s": count / max(elapsed, 1e-9),
+            "train/skipped": int(skipped),
             "lr": self.parts.module.lr,
             "data_wait_fraction": waited / max(elapsed, 1e-9),
             **memory_gib(self.rank.device),
         }
         self._publish("step", step, facts)
         self.parts.progress.update(step, facts)
+        if skipped:
+            self.parts.progress.say(f"step {step}: {skipped:.0f} unreadable images left out (data.on_bad=skip)")
         self._require_finite(loss, step)
 
     def _require_finite(self, loss: float, step: int) -> None:

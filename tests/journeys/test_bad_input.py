@@ -151,13 +151,23 @@ def test_an_unreadable_image_ends_the_run_or_is_left_out_and_counted(
     cli: Cli, small: tuple[str, ...], copied: Path
 ) -> None:
     path = sorted((copied / "val").glob("*.tar"))[0]
-    content = path.read_bytes()
-    at = content.index(b"\x89PNG") if b"\x89PNG" in content else content.index(b"\xff\xd8")
-    path.write_bytes(content[:at] + bytes(32) + content[at + 32 :])
+    blank_first_image(path)
     require_refused(cli("train", *small, *on(copied)), str(path), "member", "data.on_bad=skip")
+    blank_first_image(sorted((copied / "train").glob("*.tar"))[0])
     skipping = cli("train", *small, *on(copied), "data.on_bad=skip", "--json")
     assert skipping.code == 0, skipping.err
     assert skipping.json()["metrics"]["val/acc1"]["count"] == 35
+    folder = cli.cwd / "runs" / skipping.json()["run_id"]
+    epochs = json.loads((folder / "run.json").read_text())["config"]["recipe"]["epochs"]
+    events = [json.loads(line) for line in (folder / "events" / "rank_0.jsonl").read_text().splitlines()]
+    assert sum(event.get("train/skipped", 0) for event in events) == epochs
+    assert "1 unreadable images left out" in skipping.err
+
+
+def blank_first_image(path: Path) -> None:
+    content = path.read_bytes()
+    at = content.index(b"\x89PNG") if b"\x89PNG" in content else content.index(b"\xff\xd8")
+    path.write_bytes(content[:at] + bytes(32) + content[at + 32 :])
 
 
 def test_a_diverging_optimizer_ends_the_run_with_the_step(cli: Cli, small: tuple[str, ...], saboteur: Saboteur) -> None:

@@ -99,18 +99,18 @@ def test_label_smoothing_is_the_recipes() -> None:
 
 def test_the_tally_sums_loss_hits_and_samples_and_starts_anew() -> None:
     module = make_module()
-    batches = [make_batch(range(9), 9), make_batch(range(9, 20), 11, padding=2)]
+    batches = [make_batch(range(9), 9), make_batch(range(9, 20), 11, padding=2)._replace(skipped=3)]
     for number, batch in enumerate(batches):
         module.training_step(batch, number)
-    loss, hits1, hits5, count = module.take_tally().tolist()
+    loss, hits1, hits5, count, skipped = module.take_tally().tolist()
     whole = make_batch(range(20), 20)
     logits = module.net(module.normalise(whole.images))
     first, among = count_hits(logits, whole.labels)
-    assert (hits1, hits5, count) == (int(first.sum()), int(among.sum()), 20)
+    assert (hits1, hits5, count, skipped) == (int(first.sum()), int(among.sum()), 20, 3)
     assert loss == pytest.approx(float(F.cross_entropy(logits, whole.labels, reduction="sum").detach()), rel=1e-5)
-    assert module.take_tally().tolist() == [0, 0, 0, 0]
-    module.add_tally([1.5, 2, 3, 4])
-    assert module.take_tally().tolist() == [1.5, 2, 3, 4]
+    assert module.take_tally().tolist() == [0, 0, 0, 0, 0]
+    module.add_tally([1.5, 2, 3, 4, 5])
+    assert module.take_tally().tolist() == [1.5, 2, 3, 4, 5]
 
 
 class Recorded(pl.Callback):
