@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,17 +163,19 @@ def test_damaged_newer_checkpoints_do_not_crowd_out_the_ones_that_a_resumed_run_
 class TestLauncher:
     """Processes of their own, because here the launcher itself is hit."""
 
-    def start(self, cli: Cli, overrides: tuple[str, ...], saboteur: Saboteur) -> Any:
-        """A run that hangs in its fourth step, on rank 1."""
+    @pytest.fixture
+    def process(self, cli: Cli, overrides: tuple[str, ...], saboteur: Saboteur) -> Iterator[subprocess.Popen[str]]:
+        """A run that hangs in its fourth step, on rank 1; what is left of it ends with the test."""
         saboteur.arm("sleep", 1, 4)
         process = cli.start("train", *overrides, "--json")
         wait_for(lambda: saboteur.fired, "the run's fourth step", 100)
-        return process
+        yield process
+        for pid in group_members(process.pid):
+            os.kill(pid, signal.SIGKILL)
 
     def test_ctrl_c_saves_and_leaves_no_process_and_a_second_command_was_refused_meanwhile(
-        self, cli: Cli, overrides: tuple[str, ...], undisturbed: Run, saboteur: Saboteur
+        self, cli: Cli, overrides: tuple[str, ...], undisturbed: Run, saboteur: Saboteur, process: subprocess.Popen[str]
     ) -> None:
-        process = self.start(cli, overrides, saboteur)
         refused = cli("train", *overrides)
         assert refused.code == 42
         assert f"is already running as process {process.pid}" in refused.last_line()
@@ -188,9 +192,8 @@ class TestLauncher:
         require_equal_to(undisturbed, cli("train", *overrides, "--json"), cli)
 
     def test_a_killed_launcher_takes_its_ranks_along_within_seconds(
-        self, cli: Cli, overrides: tuple[str, ...], undisturbed: Run, saboteur: Saboteur
+        self, cli: Cli, overrides: tuple[str, ...], undisturbed: Run, saboteur: Saboteur, process: subprocess.Popen[str]
     ) -> None:
-        process = self.start(cli, overrides, saboteur)
         os.kill(process.pid, signal.SIGKILL)
         wait_for(lambda: not group_members(process.pid), "the end of every rank", 10)
         finish(process)
