@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 from orchestrator import gpu_check
 from orchestrator.cli.console import note, print_table, progress
 from orchestrator.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_NODE, EXIT_USER
+from orchestrator.files import write_json
 from orchestrator.gpu_check import CHECKS, NO_GPU, Check, CheckResult, Setting
 from orchestrator.probes import try_write
 
@@ -84,12 +84,6 @@ def run(checks: Sequence[Check], setting: Setting, minutes: float, out: Path) ->
     if interrupted:
         return EXIT_INTERRUPTED
     return EXIT_DONE if all(result.ok for result in results) else EXIT_NODE
-
-
-def write_json(out: Path, report: Mapping[str, Any]) -> None:
-    unfinished = out.with_name(out.name + ".part")
-    unfinished.write_text(json.dumps(report, indent=2) + "\n")
-    unfinished.replace(out)
 
 
 def print_results(results: Sequence[CheckResult], out: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from orchestrator.compose import Composed
 from orchestrator.config import MAY_CHANGE, RunConfig
 from orchestrator.errors import UserError
-from orchestrator.files import read_json, write_json
+from orchestrator.files import hash_file, read_json, write_json
 from orchestrator.plain import from_dict, to_dict
 
 SCHEMA = 1
@@ -50,6 +50,7 @@ def freeze(composed: Composed) -> Bundle:
     """Freeze a composed config together with the identity of the code and its environment."""
     plain = to_dict(composed.config)
     code = Path(__file__).parent
+    lock = code.parent / "requirements.lock"
     return Bundle(
         run_id=run_id(composed.config),
         config=composed.config,
@@ -57,7 +58,7 @@ def freeze(composed: Composed) -> Bundle:
         overrides=composed.overrides,
         sources=composed.sources,
         code_digest=_code_digest(code),
-        lock_digest=_file_digest(code.parent / "requirements.lock"),
+        lock_digest=hash_file(lock) if lock.is_file() else None,
         versions=_versions(),
         git=_git_state(code.parent),
         machine={"system": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()},
@@ -113,10 +114,6 @@ def _code_digest(package: Path) -> str:
         content = path.read_bytes()
         digest.update(f"{path.relative_to(package)}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
-
-
-def _file_digest(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -73,6 +74,12 @@ def read_json(path: Path) -> Any:
         raise UserError(
             f"{path} cannot be read as JSON ({error}). Way out: submit again, or restore the file"
         ) from None
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

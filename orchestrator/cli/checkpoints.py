@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from orchestrator.bundle import Bundle
     from orchestrator.train.loading import Source
 
-SHOWN_BAD = 20
 EVALUATE = """examples:
   orchestrator evaluate checkpoint=quickstart-1a2b3c4d:best
   orchestrator evaluate checkpoint=resnet20.th model=cifar_resnet20 data=cifar10 compute.num_processes=2
@@ -112,6 +111,7 @@ def _show_evaluation(result: dict[str, Any], bundle: Bundle, as_json: bool) -> N
 
 
 def predict(args: argparse.Namespace) -> int:
+    from orchestrator.data.members import list_first
     from orchestrator.train.loading import load
     from orchestrator.train.predict import find_images
     from orchestrator.train.predict import predict as predict_images
@@ -134,7 +134,6 @@ def predict(args: argparse.Namespace) -> int:
         print_table(["image", "#", "class", "probability"], rows)
     bad = [f"{result.path}: {result.error}" for result in results if result.error]
     if bad:
-        first = "\n".join(bad[:SHOWN_BAD])
         way_out = "Way out: mend or leave out these files; the others are predicted above"
-        raise DataError(f"{len(bad)} of {len(results)} images cannot be read:\n{first}\n{way_out}")
+        raise DataError(f"{len(bad)} of {len(results)} images cannot be read:\n{list_first(bad)}\n{way_out}")
     return EXIT_DONE

@@ -68,13 +68,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if overrides and not getattr(args, "takes_overrides", False):
         parser.error(f"{overrides[0]} is an override, and {args.verb} takes none (put it after -- if it is a path)")
     args.overrides = overrides
+    return run_verb(args, "interrupted")
+
+
+def run_verb(args: argparse.Namespace, on_interrupt: str) -> int:
+    """Run a parsed verb; what a user must know of its end is one line on stderr and the exit code."""
     try:
         return args.run(args)
     except OrchestratorError as error:
         note(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        note("interrupted")
+        note(on_interrupt)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -129,10 +129,9 @@ def _run(bundle: Bundle) -> Ended:
     from jobs.train import rank
     from orchestrator.cluster.local import num_processes, run_attempts
 
-    sets_line = (
-        f"{bundle.config.model.name} on {bundle.config.data.name}, {num_processes(bundle.config.compute)} processes"
-    )
-    note(f"run {bundle.run_id}: {sets_line}, tracking {bundle.config.tracking.mode.name}")
+    config = bundle.config
+    what = f"{config.model.name} on {config.data.name}, {num_processes(config.compute)} processes"
+    note(f"run {bundle.run_id}: {what}, tracking {config.tracking.mode.name}")
     return run_attempts(bundle, rank, (str(bundle.folder / "run.json"),))
 
 
@@ -183,9 +182,8 @@ def places(bundle: Bundle, result: dict[str, Any]) -> dict[str, str]:
     found = {"checkpoint": result.get("best") or result.get("last"), "report": str(bundle.folder / "report.html")}
     mirrors = sorted((bundle.folder / "wandb").glob("*run-*"))
     if mirrors:
-        found["W&B run"] = (
-            f"{mirrors[-1]}  (wandb sync uploads it)" if "offline" in mirrors[-1].name else str(mirrors[-1])
-        )
+        hint = "  (wandb sync uploads it)" if "offline" in mirrors[-1].name else ""
+        found["W&B run"] = f"{mirrors[-1]}{hint}"
     return {name: path for name, path in found.items() if path}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import io
 import json
 import os
@@ -22,7 +21,7 @@ from orchestrator.data.pack import ShardFacts
 from orchestrator.data.remote import is_url
 from orchestrator.data.shardset import index_body, write_index
 from orchestrator.errors import DataError
-from orchestrator.files import disk_errors
+from orchestrator.files import disk_errors, hash_file
 
 CHUNK = 1 << 20
 
@@ -138,14 +137,6 @@ def _image_sizes(tar: Path, members: Members) -> dict[str, int]:
             except Exception:  # Pillow raises anything on damaged bytes
                 continue
     return dict(sizes)
-
-
-def hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def read_classes(path: Path) -> tuple[str, ...]:

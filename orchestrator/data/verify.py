@@ -10,9 +10,9 @@ from pathlib import Path
 from orchestrator.data.fetch import local_path
 from orchestrator.data.images import ImageError, decode_image
 from orchestrator.data.index import Members, Shard, ShardIndex, read_members
-from orchestrator.data.indexing import hash_file
 from orchestrator.data.members import group_samples, read_idx, scan_members
 from orchestrator.errors import DataError
+from orchestrator.files import hash_file
 
 
 @dataclass(frozen=True, slots=True)

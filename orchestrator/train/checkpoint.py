@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
+from torch import nn
 
 from orchestrator.errors import CheckpointError
-from orchestrator.files import disk_errors, sync_folder, write_json
+from orchestrator.files import disk_errors, hash_file, sync_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +85,13 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def hash_state(state: TrainState, step: int) -> str:
-    """The same over model, moving average, optimizer and loss scale; schedule and random numbers follow from `step`."""
-    digest = hashlib.sha256(f"{step}\0{hash_tensors(state.model)}\0{hash_tensors(state.ema or {})}".encode())
+def hash_state(state: TrainState, step: int, weights_sha256: str | None = None) -> str:
+    """The same over model, moving average, optimizer and loss scale; schedule and random numbers follow from `step`.
+
+    `weights_sha256`: the hash of the model where the caller has it already.
+    """
+    weights = weights_sha256 or hash_tensors(state.model)
+    digest = hashlib.sha256(f"{step}\0{weights}\0{hash_tensors(state.ema or {})}".encode())
     for key, value in _leaves({"optimizer": state.optimizer, "scaler": state.scaler}):
         content = hash_tensors({key: value}) if isinstance(value, torch.Tensor) else repr(value)
         digest.update(f"\0{key}\0{content}".encode())
@@ -165,12 +170,13 @@ def _write(path: Path, content: bytes | memoryview) -> None:
 
 
 def _hashes(state: TrainState, step: int) -> dict[str, str]:
-    return {"weights_sha256": hash_tensors(state.model), "state_sha256": hash_state(state, step)}
+    weights = hash_tensors(state.model)
+    return {"weights_sha256": weights, "state_sha256": hash_state(state, step, weights)}
 
 
 def _seal(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
     files = {
-        path.name: {"sha256": _hash_file(path), "bytes": path.stat().st_size} for path in sorted(temporary.iterdir())
+        path.name: {"sha256": hash_file(path), "bytes": path.stat().st_size} for path in sorted(temporary.iterdir())
     }
     write_json(temporary / MANIFEST, {"schema": SCHEMA, **manifest, "files": files})
     sync_folder(temporary)
@@ -179,11 +185,6 @@ def _seal(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
     os.rename(temporary, final)
     sync_folder(final.parent)
     write_json(final.parent / LATEST, {"schema": SCHEMA, "step": manifest["step"], "folder": final.name})
-
-
-def _hash_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _barrier() -> None:
@@ -227,8 +228,17 @@ def _verify_file(path: Path, facts: Mapping[str, Any]) -> None:
     if size != facts["bytes"]:
         found = "is missing" if size is None else f"has {size} of {facts['bytes']} bytes"
         raise CheckpointError(f"{path} {found}. {OTHER_CHECKPOINT}")
-    if _hash_file(path) != facts["sha256"]:
+    if hash_file(path) != facts["sha256"]:
         raise CheckpointError(f"{path} was damaged: its sha256 is not the manifest's. {OTHER_CHECKPOINT}")
+
+
+def fill(net: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path, way_out: str) -> None:
+    """Load a checkpoint's tensors into a network. Raises CheckpointError where they are another network's."""
+    try:
+        net.load_state_dict(tensors)
+    except RuntimeError as error:
+        fault = str(error).splitlines()[1].strip()
+        raise CheckpointError(f"{folder} holds another model: {fault}. Way out: {way_out}") from None
 
 
 def newest(root: Path) -> Checkpoint | None:

@@ -16,7 +16,7 @@ from orchestrator.files import read_json, write_json
 from orchestrator.model.module import Normalise
 from orchestrator.train.evaluate import evaluate
 from orchestrator.train.loading import Loaded, Source, load
-from orchestrator.train.outcome import evaluation_record, save_samples
+from orchestrator.train.outcome import write_evaluation
 from orchestrator.train.process import choose_device, join_group, prepare_arithmetic
 from orchestrator.world import World
 
@@ -55,11 +55,7 @@ def run_evaluation(bundle: Bundle, world: World, began: float) -> None:
     plan = EvalPlan(index.num_samples, config.eval_batch_size, world.world_size)
     result = evaluate(loaded.net, normalise, eval_loader(plan, split, device.type == "cuda"), num_classes)
     if world.is_first:
-        record = evaluation_record(result, None, "val", loaded.classes)
-        for kind in ("worst", "best"):
-            outcomes = getattr(result, kind)
-            record[kind] = save_samples(bundle.folder, kind, outcomes, index, loaded.classes, config.data.max_pixels)
-        write_json(bundle.folder / "evaluation.json", record)
+        write_evaluation(bundle.folder, result, None, index, loaded.classes, config.data.max_pixels)
         _write_result(bundle, source, world, result.metrics(), time.time() - began)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -17,7 +17,7 @@ from orchestrator.data.order import EvalPlan, TrainPlan
 from orchestrator.data.stream import Split, eval_loader, train_loader
 from orchestrator.data.transforms import preprocessing_of
 from orchestrator.errors import CheckpointError, ConfigError, StopRequested
-from orchestrator.files import read_json, write_json
+from orchestrator.files import read_json
 from orchestrator.model.ema import ExponentialMovingAverage
 from orchestrator.model.module import Classifier, Span
 from orchestrator.model.weights import load_weights
@@ -31,7 +31,7 @@ from orchestrator.train.checkpoint import Checkpoint, TrainState
 from orchestrator.train.evaluate import Evaluation, evaluate
 from orchestrator.train.ledger import Ledger, PhaseClock
 from orchestrator.train.loop import Parts, StepBorder
-from orchestrator.train.outcome import Recorder, evaluation_record, mirror_result, save_samples
+from orchestrator.train.outcome import Recorder, mirror_result, write_evaluation
 from orchestrator.train.preflight import Sets, class_names, open_sets, total_steps
 from orchestrator.train.process import Rank, choose_device, join_group, prepare_arithmetic
 from orchestrator.train.progress import Progress, open_progress
@@ -109,15 +109,10 @@ def _assemble(bundle: Bundle, rank: Rank, clock: PhaseClock, flag: StopFlag) -> 
 def _restore(found: Checkpoint, module: Classifier, ema: ExponentialMovingAverage | None) -> TrainState:
     """Put a checkpoint's weights in place; the optimizer takes its part once Lightning has built it."""
     state = found.load_state()
-    try:
-        module.net.load_state_dict(state.model)
-        if ema is not None and state.ema is not None:
-            ema.load_state_dict(state.ema)
-    except RuntimeError as error:
-        fault = str(error).splitlines()[1].strip()
-        raise CheckpointError(
-            f"{found.folder} holds another model: {fault}. Way out: move that folder away, or train with name=..."
-        ) from None
+    way_out = "move that folder away, or train with name=..."
+    checkpoint.fill(module.net, state.model, found.folder, way_out)
+    if ema is not None and state.ema is not None:
+        checkpoint.fill(ema, state.ema, found.folder, way_out)
     if module.span.rank == 0:
         module.add_tally(found.manifest["unlogged"])
     return state
@@ -252,10 +247,7 @@ def _finish(job: Job, parts: Parts, recorder: Recorder, evaluation: Evaluation) 
     """Everything the first rank leaves at the end of a run."""
     folder, sets, pixels = job.bundle.folder, job.sets, job.config.data.max_pixels
     classes = class_names(sets.train, sets.num_classes)
-    record = evaluation_record(evaluation, parts.module.step, "val", classes)
-    for kind in ("worst", "best"):
-        record[kind] = save_samples(folder, kind, getattr(evaluation, kind), sets.val, classes, pixels)
-    write_json(folder / "evaluation.json", record)
+    record = write_evaluation(folder, evaluation, parts.module.step, sets.val, classes, pixels)
     recorder.done(parts.module.step, evaluation)
     mirror_result(
         parts.tracker, folder, record, read_json(folder / "result.json"), job.config.tracking.upload_checkpoint

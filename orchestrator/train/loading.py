@@ -82,7 +82,7 @@ def _from_checkpoint(path: Path, composed: Composed) -> Source:
     typed = composed.typed_keys()
     _require_same_model(path, manifest["model"], composed, typed)
     plain["model"] = {**manifest["model"], "weights": None}
-    stored = {key: _plain(value) for key, value in manifest["preprocessing"].items() if f"data.{key}" not in typed}
+    stored = {key: value for key, value in manifest["preprocessing"].items() if f"data.{key}" not in typed}
     plain["data"] = {**plain["data"], **stored}
     return Source(path, from_dict(plain), tuple(manifest["classes"]), manifest["weights_sha256"])
 
@@ -95,10 +95,6 @@ def _require_same_model(path: Path, stored: dict[str, Any], composed: Composed, 
         if asked[key] != stored[key]:
             rule = f"{path} holds a model with {key} = {stored[key]}"
             raise ConfigError(f"model.{key}", asked[key], rule, "leave model out, or name another checkpoint")
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, (list, tuple)) else value
 
 
 def _from_file(path: Path, composed: Composed) -> Source:
@@ -126,10 +122,7 @@ def load(source: Source, classes: Sequence[str] | None) -> Loaded:
 
 def _load_checkpoint(folder: Path, net: nn.Module) -> None:
     weights = checkpoint.read_checkpoint(folder).load_weights()
-    try:
-        net.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder} holds another model: {str(error).splitlines()[1].strip()}") from None
+    checkpoint.fill(net, weights, folder, "use the version that wrote it, or another checkpoint")
 
 
 def _names_of_head(model: ModelConfig) -> list[str]:

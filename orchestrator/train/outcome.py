@@ -23,7 +23,6 @@ from orchestrator.train.process import Rank
 SCHEMA = 1
 THUMBNAIL = 160
 CONFUSION_CLASSES = 100
-MIRROR_TIMEOUT_S = 30.0
 
 
 @dataclass(slots=True)
@@ -37,7 +36,6 @@ class Recorder:
     steps_per_epoch: int
     _earlier: dict[str, float] = field(default_factory=dict)
     """Seconds of the attempts before this one."""
-    _hashes: dict[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         path = self.bundle.folder / "result.json"
@@ -136,6 +134,17 @@ def confused_pairs(evaluation: Evaluation, classes: Sequence[str], limit: int = 
     pairs = zip(counts.tolist(), places.tolist(), strict=True)
     n = len(classes)
     return [{"true": classes[at // n], "predicted": classes[at % n], "count": count} for count, at in pairs if count]
+
+
+def write_evaluation(
+    folder: Path, evaluation: Evaluation, step: int | None, index: ShardIndex, classes: Sequence[str], max_pixels: int
+) -> dict[str, Any]:
+    """Write `evaluation.json` of ``data.val`` with thumbnails of its worst and best samples; returns its content."""
+    record = evaluation_record(evaluation, step, "val", classes)
+    for kind in ("worst", "best"):
+        record[kind] = save_samples(folder, kind, getattr(evaluation, kind), index, classes, max_pixels)
+    write_json(folder / "evaluation.json", record)
+    return record
 
 
 def save_samples(
