@@ -27,4 +27,7 @@ def rank(bundle_path: str, attempt: int, began: float) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        print("error: give the run.json of an evaluation. Way out: `orchestrator evaluate` writes one", file=sys.stderr)
+        sys.exit(42)
     rank(sys.argv[1], 1, time.time())

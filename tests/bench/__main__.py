@@ -69,33 +69,22 @@ def bench_start() -> dict[str, float]:
 
 
 def bench_step() -> dict[str, float]:
-    """Images/s of our `fit` against a plain PyTorch DDP loop with the same model and batches."""
+    """Images/s of our `fit` against a plain PyTorch DDP loop with the same model and batches, in alternating blocks."""
     digits()
-    options = ("experiment=quickstart", "recipe.epochs=4", "tracking=disabled", "checkpointing.every_epochs=0")
-
-    def ours() -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            run(BIN / "orchestrator", "train", *options, f"runs_dir={folder}")
-            events = next(Path(folder).glob("*/events/rank_0.jsonl")).read_text().splitlines()
-            steps = [e for e in map(json.loads, events) if e["kind"] == "step" and e["step"] > 10]
-            return steady(steps)
-
-    def theirs() -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            out = run(BIN / "torchrun", "--nproc-per-node", 2, "tests/bench/plain_ddp.py", record_of(options, folder))
-            return float(re.findall(r"images/s (\S+)", out)[0])
-
-    return paired(ours, theirs)
-
-
-def steady(steps: list[dict[str, float]]) -> float:
-    """Images/s over logged stretches of unequal length: total images over total seconds."""
-    images = seconds = 0.0
-    for before, after in zip([{"step": 10.0, "epoch": 10 / 23}, *steps], steps, strict=False):
-        stretch = (after["epoch"] - before["epoch"]) * 1438
-        images += stretch
-        seconds += stretch / after["train/images_per_s"]
-    return images / seconds
+    options = ("experiment=quickstart", "recipe.epochs=20", "tracking=disabled", "checkpointing.every_epochs=0")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "pairs.json"
+        record = record_of(options, folder)
+        run(BIN / "torchrun", "--nproc-per-node", 2, "-m", "tests.bench.step_pairs", record, out)
+        pairs = json.loads(out.read_text())
+    ratios = sorted(theirs / ours for ours, theirs in pairs)
+    return {
+        "ours_step_s": round(statistics.median(ours for ours, _ in pairs) / 10, 4),
+        "theirs_step_s": round(statistics.median(theirs for _, theirs in pairs) / 10, 4),
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_quartiles": [round(ratios[len(ratios) // 4], 3), round(ratios[-len(ratios) // 4], 3)],
+        "pairs": len(pairs),
+    }
 
 
 def record_of(options: tuple[str, ...], folder: str) -> Path:
