@@ -11,11 +11,14 @@ from dataclasses import dataclass
 
 from orchestrator.errors import ConfigError
 from orchestrator.options import (
+    Augment,
     ClusterKind,
     Crop,
+    Decode,
     Device,
     Interpolation,
     OnBad,
+    OnDamage,
     OptimizerKind,
     Precision,
     Schedule,
@@ -79,7 +82,30 @@ class DataConfig:
     max_pixels: int
     """An image that claims more pixels is refused before it is decoded."""
     shuffle_shards: int
-    """Samples are shuffled across windows of this many shards (0 = all)."""
+    """Samples are shuffled across blocks of about this many shards (0 = all)."""
+    lanes: int
+    """Equal parts of an epoch's order that every batch draws from evenly; 0 takes what serves any number of ranks."""
+    repeats: int
+    """Repeated augmentation: so many differently augmented copies of an image in its epoch (1 = none)."""
+    decode: Decode
+    augment: Augment
+    augment_magnitude: float
+    """randaugment: strength, 0 to 30."""
+    augment_layers: int
+    """randaugment: operations per image."""
+    color_jitter: list[float]
+    """Greatest change of brightness, contrast, saturation (shares) and hue (turns, at most 0.5); 0 = none."""
+    ramp_from: int
+    """Progressive resizing: side of the square at the start of the ramp, in pixels; 0 = image_size from the start."""
+    ramp_epochs: list[int]
+    """First and last epoch of the ramp from `ramp_from` to `image_size`, in multiples of 32 pixels."""
+    eval_size: int
+    """Side of the square in evaluation, in pixels; 0 = image_size."""
+    on_damage: OnDamage
+    bad_budget: float
+    """Greatest share of the set's samples that on_bad=skip and on_damage=quarantine together may lose in an epoch."""
+    cache_gib: float
+    """Most that downloaded shards may take on this machine; 0 = three quarters of what is free on that disk."""
 
     def __post_init__(self) -> None:
         _require_range(
@@ -93,6 +119,13 @@ class DataConfig:
             eval_resize=(0, 8192),
             max_pixels=(1, INF),
             shuffle_shards=(0, INF),
+            lanes=(0, 1 << 20),
+            repeats=(1, 64),
+            augment_magnitude=(0, 30),
+            augment_layers=(1, 16),
+            eval_size=(0, 4096),
+            bad_budget=(0, 1),
+            cache_gib=(0, INF),
         )
         for field in ("crop_scale", "crop_ratio"):
             pair = getattr(self, field)
@@ -119,12 +152,39 @@ class DataConfig:
                 f"e.g. data.{field}=[0.5,0.5,0.5]",
             )
         _require(min(self.std) > 0, "data.std", self.std, "must be above 0", "e.g. data.std=[0.5,0.5,0.5]")
+        side = self.eval_size or self.image_size
         _require(
-            self.eval_resize == 0 or self.eval_resize >= self.image_size,
+            self.eval_resize == 0 or self.eval_resize >= side,
             "data.eval_resize",
             self.eval_resize,
-            f"must be 0 or at least data.image_size = {self.image_size}",
-            f"data.eval_resize={self.image_size}",
+            f"must be 0 or at least {'data.eval_size' if self.eval_size else 'data.image_size'} = {side}",
+            f"data.eval_resize={side}",
+        )
+        jitter = self.color_jitter
+        _require(
+            len(jitter) == 4 and all(0 <= change <= 1 for change in jitter) and jitter[3] <= 0.5,
+            "data.color_jitter",
+            jitter,
+            "must be [brightness, contrast, saturation, hue] with shares in 0..1 and hue in 0..0.5",
+            "e.g. data.color_jitter=[0.4,0.4,0.4,0.0]",
+        )
+        self._require_ramp()
+
+    def _require_ramp(self) -> None:
+        _require(
+            self.ramp_from == 0 or 1 <= self.ramp_from <= self.image_size,
+            "data.ramp_from",
+            self.ramp_from,
+            f"must be 0 or between 1 and data.image_size = {self.image_size}",
+            f"data.ramp_from={min(128, self.image_size)}",
+        )
+        first_last = self.ramp_epochs
+        _require(
+            len(first_last) == 2 and 0 <= first_last[0] <= first_last[1],
+            "data.ramp_epochs",
+            first_last,
+            "must be [first, last] with 0 <= first <= last",
+            "e.g. data.ramp_epochs=[0,30]",
         )
 
 
@@ -220,6 +280,14 @@ class RecipeConfig:
     ema_decay: float
     """Exponential moving average of the weights, evaluated instead of them; 0 = none."""
     ema_every_steps: int
+    mixup: float
+    """Beta distribution's alpha of mixup; 0 = none."""
+    cutmix: float
+    """The same of cutmix; where both are given, each step draws one of them."""
+    mix_probability: float
+    """Share of the steps that are mixed."""
+    erase: float
+    """Probability that a random rectangle of a training image is erased."""
     clip_norm: float
     """Greatest L2 norm of a step's gradient; 0 = no clipping."""
     source: str | None
@@ -243,6 +311,10 @@ class RecipeConfig:
             label_smoothing=(0, 0.99),
             ema_decay=(0, 0.999999),
             ema_every_steps=(1, INF),
+            mixup=(0, 100),
+            cutmix=(0, 100),
+            mix_probability=(0, 1),
+            erase=(0, 1),
             clip_norm=(0, INF),
         )
         _require(
@@ -416,6 +488,7 @@ MAY_CHANGE = (
     "eval_batch_size",
     "data.num_workers",
     "data.prefetch_batches",
+    "data.cache_gib",
     "compute.num_processes",
     "compute.device",
     "compute.threads_per_process",

@@ -27,6 +27,29 @@ class OnBad(Enum):
     skip = "skip"
 
 
+class OnDamage(Enum):
+    """What a shard does whose bytes are not those of the index: end the run, or be left out and counted."""
+
+    fail = "fail"
+    quarantine = "quarantine"
+
+
+class Decode(Enum):
+    """`fast` decodes only what the crop needs; `exact` decodes and resizes whole images with Pillow."""
+
+    fast = "fast"
+    exact = "exact"
+
+
+class Augment(Enum):
+    """Augmentation policies after the random crop, drawn per sample."""
+
+    none = "none"
+    randaugment = "randaugment"
+    trivialaugment = "trivialaugment"
+    three_augment = "three_augment"
+
+
 class Stem(Enum):
     """The first layers of a ResNet: 7x7/2 + pooling, or 3x3/1 for images under about 64 pixels."""
 
