@@ -75,7 +75,7 @@ class StopRequested(OrchestratorError):
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint for a misspelt name: the nearest known one, or the whole list where it is short."""
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.65)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"
     return f"one of: {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}"
