@@ -12,7 +12,7 @@ help:  ## list the targets
 
 install: $(INSTALLED)  ## make .venv with the locked dependencies
 
-$(INSTALLED): requirements.lock requirements-uv.lock pyproject.toml
+$(INSTALLED): requirements.lock requirements-uv.lock pyproject.toml $(wildcard orchestrator/data/native/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 		{ echo "error: PYTHON = $(PYTHON): Python 3.11 is needed. Way out: make PYTHON=/path/to/python3.11 ..."; exit 42; }
 	$(PYTHON) -m venv .venv
