@@ -75,7 +75,14 @@ def add_make_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("images").add_argument
     add("--format", choices=("keep", "jpeg", "png"), default="keep", help="keep: bytes stay unless they must change")
     add("--max-side", type=int, metavar="PX", help="shrink images whose longer side exceeds it")
+    add("--short-side", type=int, metavar="PX", help="shrink images whose shorter side exceeds it")
     add("--quality", type=int, metavar="1..100", help="encode every JPEG anew with this quality")
+    add(
+        "--no-crop-ready",
+        dest="crop_ready",
+        action="store_false",
+        help="leave JPEGs as they come; crop-ready ones have the same pixels and decode faster",
+    )
     add(
         "--on-bad", choices=("fail", "skip"), default="fail", help="unreadable images: list all and fail, or count them"
     )

@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
 from orchestrator.errors import DataError
 
@@ -44,6 +44,8 @@ class Decoded:
     pixels: np.ndarray  # (H, W, 3) uint8
     notes: frozenset[str]
     format: str  # JPEG, PNG, ...
+    subsampling: int = 0
+    """Of the chroma planes of a JPEG, as Pillow numbers it: 0 none (4:4:4), 1 4:2:2, 2 4:2:0."""
 
 
 def decode_image(data: bytes, max_pixels: int) -> tuple[np.ndarray, frozenset[str]]:
@@ -85,6 +87,7 @@ def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
 
 def _convert(image: Image.Image) -> Decoded:
     kind = "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG with previews behind it
+    subsampling = max(0, JpegImagePlugin.get_sampling(image)) if kind == "JPEG" else 0
     notes = set()
     if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
         notes.add("animated")
@@ -96,7 +99,7 @@ def _convert(image: Image.Image) -> Decoded:
     turn = _TURNS.get(_orientation(image))  # asked again: Pillow turns TIFFs while loading
     rgb = _to_rgb(image, notes)
     pixels = np.asarray(rgb.transpose(turn) if turn is not None else rgb)
-    return Decoded(pixels, frozenset(notes), kind)
+    return Decoded(pixels, frozenset(notes), kind, subsampling)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -134,22 +137,24 @@ def _lay_on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def shrink(pixels: np.ndarray, max_side: int) -> np.ndarray:
-    """(H, W, 3) scaled so that the longer side is at most `max_side`; smaller images stay as they are."""
+def shrink(pixels: np.ndarray, max_side: int | None, short_side: int | None = None) -> np.ndarray:
+    """(H, W, 3) scaled so that neither side exceeds `max_side` nor the shorter one `short_side`; never enlarged."""
     height, width = pixels.shape[:2]
-    scale = max_side / max(height, width)
+    longest = max_side / max(height, width) if max_side else 1.0
+    shortest = short_side / min(height, width) if short_side else 1.0
+    scale = min(longest, shortest)
     if scale >= 1:
         return pixels
     size = max(1, round(width * scale)), max(1, round(height * scale))
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0))
 
 
-def encode_image(pixels: np.ndarray, kind: str, quality: int) -> bytes:
-    """(H, W, 3) or (H, W) uint8 as JPEG (4:4:4, `quality` 1..100) or PNG, without metadata."""
+def encode_image(pixels: np.ndarray, kind: str, quality: int, subsampling: int = 0) -> bytes:
+    """(H, W, 3) or (H, W) uint8 as JPEG (`quality` 1..100, `subsampling` as Pillow's) or PNG, without metadata."""
     buffer = io.BytesIO()
     image = Image.fromarray(pixels)
     if kind == "JPEG":
-        image.save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)
+        image.save(buffer, "JPEG", quality=quality, subsampling=subsampling, optimize=True)
     else:
         image.save(buffer, "PNG", optimize=False)
     return buffer.getvalue()

@@ -13,7 +13,8 @@ from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
-from orchestrator.data.images import EXTENSIONS, PLAIN, SOURCE_FORMATS, ImageError, decode, encode_image, shrink
+from orchestrator.data.crop_ready import make_crop_ready
+from orchestrator.data.images import EXTENSIONS, PLAIN, SOURCE_FORMATS, Decoded, ImageError, decode, encode_image, shrink
 from orchestrator.data.members import group_samples, scan_members, write_idx
 from orchestrator.data.sources import Item, Read
 from orchestrator.files import replacing, write_json
@@ -22,6 +23,7 @@ QUALITY = 95
 OTHER_FORMAT = "other_format"
 RESIZED = "resized"
 REENCODED = "reencoded"
+CROP_READY = "crop_ready"
 
 
 class Stopped(Exception):
@@ -35,6 +37,9 @@ class ImageRules:
     format: str  # keep, jpeg or png
     quality: int | None  # given: JPEGs are encoded anew; None: 95 where one must be
     max_side: int | None
+    short_side: int | None = None
+    crop_ready: bool = False
+    """Write JPEGs with restart markers, the same coefficients otherwise."""
     max_pixels: int
 
 
@@ -74,21 +79,28 @@ class ShardFacts:
 
 
 def store_image(picture: bytes | np.ndarray, rules: ImageRules) -> Stored:
-    """Check an image; keep its bytes if they are a plain JPEG, PNG or WebP within the rules. Raises ImageError."""
+    """An image as the rules want it, a JPEG crop-ready where they ask for it. Raises ImageError."""
+    stored = _store_checked(picture, rules)
+    ready = make_crop_ready(stored.data) if rules.crop_ready and stored.extension == "jpg" else None
+    return stored._replace(data=ready, conversions=stored.conversions | {CROP_READY}) if ready else stored
+
+
+def _store_checked(picture: bytes | np.ndarray, rules: ImageRules) -> Stored:
+    """Check an image; keep its bytes if they are a plain JPEG, PNG or WebP within the rules."""
     if isinstance(picture, np.ndarray):
-        pixels, notes, kind = picture, frozenset[str](), "pixels"
+        decoded = Decoded(picture, frozenset(), "pixels")
     else:
         decoded = decode(picture, rules.max_pixels, SOURCE_FORMATS)
-        pixels, notes, kind = decoded.pixels, decoded.notes, decoded.format
+    pixels, notes, kind = decoded.pixels, decoded.notes, decoded.format
     target = _target_kind(kind, rules.format)
-    small = shrink(pixels, rules.max_side) if rules.max_side else pixels
+    small = shrink(pixels, rules.max_side, rules.short_side)
     size = f"{small.shape[1]}x{small.shape[0]}"
     plain = notes <= PLAIN and kind == target and small is pixels
     if isinstance(picture, bytes) and plain and not (kind == "JPEG" and rules.quality):
         return Stored(picture, EXTENSIONS[kind], size, frozenset())
     if "gray" in notes and "alpha" not in notes:
         small = small[..., 0]
-    data = encode_image(small, target, rules.quality or QUALITY)
+    data = encode_image(small, target, rules.quality or QUALITY, decoded.subsampling)
     changes = _conversions(kind, notes, small.shape[:2] != pixels.shape[:2])
     return Stored(data, EXTENSIONS[target], size, changes)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from orchestrator.data.crop_ready import is_available
 from orchestrator.data.images import MAX_PIXELS
 from orchestrator.data.pack import ImageRules
 from orchestrator.data.sources import Item, Source, name_hash, require_flags
@@ -30,6 +31,9 @@ class MakeOptions:
     workers: int | None = None
     """Packing processes; None: one per core where there is work for them."""
     max_side: int | None = None
+    short_side: int | None = None
+    crop_ready: bool = True
+    """Rewrite JPEGs without loss so that a crop decodes only its part, where this machine can."""
     quality: int | None = None
     format: str = "keep"
     on_bad: str = "fail"
@@ -42,13 +46,21 @@ class MakeOptions:
             ("--samples-per-shard", self.samples_per_shard, 1, 1 << 40),
             ("--workers", self.workers, 1, 1024),
             ("--max-side", self.max_side, 1, 65535),
+            ("--short-side", self.short_side, 1, 65535),
             ("--quality", self.quality, 1, 100),
             ("--max-pixels", self.max_pixels, 1, 1 << 40),
         )
 
     @property
     def rules(self) -> ImageRules:
-        return ImageRules(format=self.format, quality=self.quality, max_side=self.max_side, max_pixels=self.max_pixels)
+        return ImageRules(
+            format=self.format,
+            quality=self.quality,
+            max_side=self.max_side,
+            short_side=self.short_side,
+            crop_ready=self.crop_ready and is_available(),
+            max_pixels=self.max_pixels,
+        )
 
 
 @dataclass(frozen=True, slots=True)
