@@ -25,7 +25,9 @@ def is_available() -> bool:
 def make_crop_ready(data: bytes) -> bytes | None:
     """A JPEG with restart intervals of about 4 MCUs; None where it is none, is so already or would grow too much."""
     kernel = load_kernel()
-    facts = None if isinstance(kernel, str) else kernel.describe(data)
+    if isinstance(kernel, str):
+        return None
+    facts = kernel.describe(data)
     if facts is None:
         return None
     columns = -(-facts.width // facts.mcu_width)

@@ -42,7 +42,7 @@ def parse_jpeg(data: bytes) -> JpegHeader | None:
     """The header of a plain JPEG (8 bits, gray or three components, upright); None for any other file."""
     if data[:2] != b"\xff\xd8" or b"\xff\xd9" not in data[-66:]:
         return None
-    at, frame, interval, sequential = 2, None, 0, True
+    at, size_at, frame, interval, sequential = 2, 0, None, 0, True
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         segment = data[at + 4 : at + 2 + length]

@@ -70,7 +70,8 @@ class Kernel:
 
     def decode(self, jobs: np.ndarray, out: np.ndarray, cubic: bool) -> None:
         """Write each job with a width into its row of `out`, (n, 3, S, S) uint8, and set its status."""
-        assert out.flags.c_contiguous and out.dtype == np.uint8
+        assert out.flags.c_contiguous
+        assert out.dtype == np.uint8
         self._library.kernel_decode(jobs.ctypes.data, len(jobs), out.shape[2], int(cubic), out.ctypes.data)
 
     def describe(self, data: bytes) -> JpegFacts | None:

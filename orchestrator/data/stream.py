@@ -1,4 +1,4 @@
-"""The WebDataset pipeline from a plan to batches: seek to the sample, decode, transform, assemble.
+"""The WebDataset pipeline from a plan to batches: locate the samples, decode what is seen of them, hand over.
 
 The plan decides who reads what; loader workers take every W-th unit of their rank and DataLoader hands units back in
 turn, so batches and pixels are the same for any number of workers.
@@ -6,14 +6,15 @@ turn, so batches and pixels are the same for any number of workers.
 
 from __future__ import annotations
 
-import os
 import signal
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from math import ceil
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,21 +22,22 @@ from torch.utils.data import DataLoader, get_worker_info
 from webdataset.pipeline import DataPipeline
 
 from orchestrator.config import DataConfig
-from orchestrator.data.fetch import local_path
-from orchestrator.data.images import ImageError, decode_image
-from orchestrator.data.index import Members, ShardIndex, load_members
-from orchestrator.data.order import EvalPlan, TrainPlan, cut, keyed_rng
-from orchestrator.data.transforms import eval_pixels, preprocessing_of, train_pixels
+from orchestrator.data.decode import BatchDecoder, jobs_in_files
+from orchestrator.data.draws import draws
+from orchestrator.data.index import ShardIndex
+from orchestrator.data.order import EvalPlan, TrainPlan, cut
+from orchestrator.data.reader import ShardReader
+from orchestrator.data.ring import Ring
+from orchestrator.data.transforms import BLOCKS, Views, eval_views, preprocessing_of, shift, train_size, train_views
 from orchestrator.errors import DataError, OrchestratorError
-from orchestrator.options import OnBad
+from orchestrator.options import Crop, OnBad
 
-OPEN_SHARDS = 64
 PAD = -1
 """Sample number of a row that only fills a batch up; it carries no weight."""
 
 
 class Batch(NamedTuple):
-    """What a rank computes at once."""
+    """What a rank computes at once; its images are overwritten after the next batch but one was asked for."""
 
     images: torch.Tensor  # (B, 3, S, S) uint8
     labels: torch.Tensor  # (B,) int64
@@ -50,20 +52,25 @@ class Request(NamedTuple):
     """One unit of work: the samples of one batch."""
 
     ids: np.ndarray  # (n,) int64
+    copies: np.ndarray  # (n,) int64
     epoch: int
     rows: int
     """Rows of the batch; more than samples means padding."""
+    size: int
+    """Side of the images, in pixels."""
     step_size: int
 
 
-class Sample(NamedTuple):
-    """One sample as it lies in its shard."""
+class Filled(NamedTuple):
+    """A batch as a loader process reports it: the images lie in its slot of the ring."""
 
-    id: int
-    key: str
-    image: bytes
-    label: int
-    place: str
+    worker: int
+    slot: int
+    size: int
+    labels: np.ndarray
+    ids: np.ndarray
+    step_size: int
+    skipped: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,60 +85,21 @@ class Split:
     world_size: int
 
 
-class ShardReader:
-    """Random access to the samples of a set; keeps the most recently used shards open."""
-
-    def __init__(self, index: ShardIndex):
-        self._index = index
-        self._starts = np.cumsum([0, *(shard.nsamples for shard in index.shards)])
-        self._open: OrderedDict[int, tuple[int, Members]] = OrderedDict()
-
-    def read(self, id: int) -> Sample:
-        """The sample with this number. Raises DataError where its bytes are not all there."""
-        shard_number = int(np.searchsorted(self._starts, id, side="right")) - 1
-        descriptor, members = self._shard(shard_number)
-        row = id - int(self._starts[shard_number])
-        offset, size = int(members.image_offset[row]), int(members.image_size[row])
-        member = f"{members.keys[row]}.{members.extension[row]}"
-        place = f"{self._index.shards[shard_number].location}, member {member}, offset {offset}"
-        image = os.pread(descriptor, size, offset)
-        if len(image) != size:
-            raise DataError(
-                f"{place}: {len(image)} of {size} bytes. Way out: `orchestrator shards verify` names all faults"
-            )
-        return Sample(id, members.keys[row], image, int(members.label[row]), place)
-
-    def _shard(self, number: int) -> tuple[int, Members]:
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
-        shard = self._index.shards[number]
-        path = local_path(shard)
-        entry = os.open(path, os.O_RDONLY), load_members(path, shard)
-        self._open[number] = entry
-        if len(self._open) > OPEN_SHARDS:
-            os.close(self._open.popitem(last=False)[1][0])
-        return entry
-
-    def close(self) -> None:
-        for descriptor, _ in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
-
-
 def _train_requests(plan: TrainPlan, split: Split, accumulate: int, steps: range) -> Iterator[Request]:
     for unit in _of_this_worker(range(steps.start * accumulate, steps.stop * accumulate)):
         step, part = divmod(unit, accumulate)
-        batch = plan.batch(step)
-        mine = batch[cut(len(batch), split.world_size, split.rank)]
-        ids = mine[cut(len(mine), accumulate, part)]
-        yield Request(ids, step // plan.steps_per_epoch, len(ids), len(batch))
+        drawn = plan.rank_draws(range(step, step + 1), split.world_size, split.rank)
+        mine = cut(len(drawn.ids), accumulate, part)
+        ids, epoch = drawn.ids[mine], step // plan.steps_per_epoch
+        size = train_size(split.config, epoch)
+        yield Request(ids, drawn.copies[mine], epoch, len(ids), size, plan.step_size(step))
 
 
-def _eval_requests(plan: EvalPlan, rank: int) -> Iterator[Request]:
+def _eval_requests(plan: EvalPlan, split: Split) -> Iterator[Request]:
+    size = preprocessing_of(split.config).image_size
     for step in _of_this_worker(range(plan.steps)):
-        ids = plan.batch(step, rank)
-        yield Request(ids, 0, plan.per_rank_batch_size, len(ids))
+        ids = plan.batch(step, split.rank)
+        yield Request(ids, np.zeros_like(ids), 0, plan.per_rank_batch_size, size, len(ids))
 
 
 def _of_this_worker(units: range) -> range:
@@ -139,53 +107,115 @@ def _of_this_worker(units: range) -> range:
     return units[worker.id :: worker.num_workers] if worker else units
 
 
-def _read(index: ShardIndex, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
-    with closing(ShardReader(index)) as reader:
-        for request in requests:
-            yield request, [reader.read(int(id)) for id in request.ids]
+class TrainFinish:
+    """Crop and flip by the numbers that belong to each sample; what follows the resize besides."""
+
+    def __init__(self, split: Split):
+        self._config, self._seed = split.config, split.seed
+
+    def views_of(self, request: Request) -> Callable[[np.ndarray, np.ndarray], Views]:
+        numbers = self._numbers(request)
+        return lambda rows, sizes: train_views(sizes, numbers[rows], self._config)
+
+    def finish(self, images: np.ndarray, request: Request) -> None:
+        """Change the decoded images (n, 3, S, S) in place."""
+        if self._config.crop is Crop.pad:
+            images[:] = shift(images, self._numbers(request), self._config.padding)
+
+    def _numbers(self, request: Request) -> np.ndarray:
+        return draws((self._seed, request.epoch, "crop"), request.ids, request.copies, BLOCKS)
 
 
-def _assemble(
-    work: Iterable[tuple[Request, list[Sample]]], split: Split, pixels: Callable[[np.ndarray, Request, int], np.ndarray]
-) -> Iterator[Batch]:
-    size = split.config.image_size
-    for request, samples in work:
-        images = np.zeros((request.rows, 3, size, size), np.uint8)
-        labels = np.zeros(request.rows, np.int64)
-        ids = np.full(request.rows, PAD, np.int64)
-        good = 0
-        for sample in samples:
-            image = _decode(sample, split)
-            if image is not None:
-                images[good], labels[good], ids[good] = pixels(image, request, sample.id), sample.label, sample.id
-                good += 1
-        rows = good if request.rows == len(samples) and good else request.rows
-        images, labels, ids = (torch.from_numpy(array[:rows]) for array in (images, labels, ids))
-        yield Batch(images, labels, ids, request.step_size, len(samples) - good)
+class EvalFinish:
+    """The centre crop of every image."""
+
+    def __init__(self, split: Split):
+        self._spec = preprocessing_of(split.config)
+
+    def views_of(self, request: Request) -> Callable[[np.ndarray, np.ndarray], Views]:
+        return lambda rows, sizes: eval_views(sizes, self._spec)
+
+    def finish(self, images: np.ndarray, request: Request) -> None: ...
 
 
-def _decode(sample: Sample, split: Split) -> np.ndarray | None:
-    """Pixels of a sample; None where it is unreadable and may be skipped."""
-    if sample.label >= split.num_classes:
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a loader's processes do; picklable, for processes that are not forked."""
+
+    split: Split
+    requests: Callable[[], Iterator[Request]]
+    finish: TrainFinish | EvalFinish
+    length: int
+    """Batches."""
+    rows: int
+    """Of the largest batch."""
+    size: int
+    """Of the largest image, in pixels."""
+
+
+class Filler:
+    """Decodes requests into the slots of a ring; one per loader process."""
+
+    def __init__(self, split: Split, ring: Ring, finish: TrainFinish | EvalFinish, reader: ShardReader):
+        self._split, self._ring, self._finish, self._reader = split, ring, finish, reader
+        worker = get_worker_info()
+        self._worker = worker.id if worker else 0
+        config = split.config
+        self._decoder = BatchDecoder(config.decode, config.interpolation, config.max_pixels)
+
+    def fill(self, request: Request) -> Filled:
+        slot, count = self._ring.next_slot(), len(request.ids)
+        images = self._ring.images(self._worker, slot, request.rows, request.size).numpy()
+        found = self._reader.locate(request.ids)
+        self._require_labels(found.labels, request)
+        jobs = jobs_in_files(found.descriptors, found.offsets, found.sizes)
+        faults = self._decoder.fill(jobs, self._finish.views_of(request), images[:count])
+        self._finish.finish(images[:count], request)
+        labels, ids = np.zeros(request.rows, np.int64), np.full(request.rows, PAD, np.int64)
+        labels[:count], ids[:count] = found.labels, request.ids
+        images[count:] = 0
+        if faults:
+            self._require_skipping(faults, request)
+            rows = _leave_out(faults, images, labels, ids, count)
+            labels, ids = labels[:rows], ids[:rows]
+        return Filled(self._worker, slot, request.size, labels, ids, request.step_size, len(faults))
+
+    def _require_labels(self, labels: np.ndarray, request: Request) -> None:
+        wrong = np.flatnonzero(labels >= self._split.num_classes)
+        if len(wrong):
+            first = int(wrong[0])
+            raise DataError(
+                f"{self._reader.place(int(request.ids[first]))}: label {labels[first]} is outside the head's "
+                f"0..{self._split.num_classes - 1}. Way out: raise model.num_classes, or pack the shards again with "
+                "the right labels"
+            )
+
+    def _require_skipping(self, faults: dict[int, str], request: Request) -> None:
+        if self._split.config.on_bad is OnBad.skip:
+            return
+        row = min(faults)
         raise DataError(
-            f"{sample.place}: label {sample.label} is outside the head's 0..{split.num_classes - 1}. "
-            "Way out: raise model.num_classes, or pack the shards again with the right labels"
+            f"{self._reader.place(int(request.ids[row]))}: {faults[row]}. Way out: data.on_bad=skip leaves such images "
+            "out and counts them; `orchestrator shards verify` names them all"
         )
-    try:
-        return decode_image(sample.image, split.config.max_pixels)[0]
-    except ImageError as error:
-        if split.config.on_bad is OnBad.skip:
-            return None
-        raise DataError(
-            f"{sample.place}: {error}. Way out: data.on_bad=skip leaves such images out and counts them; "
-            "`orchestrator shards verify` names them all"
-        ) from None
 
 
-def _errors_as_items(items: Iterator[Batch]) -> Iterator[Batch | OrchestratorError]:
+def _leave_out(faults: dict[int, str], images: np.ndarray, labels: np.ndarray, ids: np.ndarray, count: int) -> int:
+    """Move the good rows together; returns how many rows the batch has: all of them where none is good or some pad."""
+    good = np.array([row for row in range(count) if row not in faults], int)
+    for array, rest in ((images, 0), (labels, 0), (ids, PAD)):
+        array[: len(good)] = array[good]
+        array[len(good) :] = rest
+    return len(good) if len(good) and count == len(ids) else len(ids)
+
+
+def _fill_all(requests: Iterable[Request], work: Work, ring: Ring) -> Iterator[Filled | OrchestratorError]:
     """An error crosses the border of a loader process as an item: DataLoader would rewrap its text in a traceback."""
     try:
-        yield from items
+        with closing(ShardReader(work.split.index)) as reader:
+            filler = Filler(work.split, ring, work.finish, reader)
+            for request in requests:
+                yield filler.fill(request)
     except OrchestratorError as error:
         yield error
 
@@ -193,35 +223,88 @@ def _errors_as_items(items: Iterator[Batch]) -> Iterator[Batch | OrchestratorErr
 class Loader:
     """Batches of one rank; iterating starts the loader processes, and `wait_s` sums the time spent waiting for them."""
 
-    def __init__(self, pipeline: DataPipeline, length: int, config: DataConfig, pin_memory: bool):
-        self._length, self.wait_s = length, 0.0
-        workers = config.num_workers
-        self._loader = DataLoader(
-            pipeline,  # pyright: ignore[reportArgumentType] (webdataset declares a stand-in where torch is missing)
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=config.prefetch_batches if workers else None,
-            multiprocessing_context="fork" if workers else None,
-            worker_init_fn=_start_worker if workers else None,
-            pin_memory=pin_memory,
-        )
+    def __init__(self, work: Work, device: torch.device | None = None, context: str = "fork"):
+        self._work, self._context = work, context
+        self._device = device if device is not None and device.type == "cuda" else None
+        self.wait_s = 0.0
 
     def __len__(self) -> int:
-        return self._length
+        return self._work.length
 
     def __iter__(self) -> Iterator[Batch]:
-        items = iter(self._loader)
-        try:
-            for _ in range(self._length):
-                began = perf_counter()
-                item = next(items, None)
-                self.wait_s += perf_counter() - began
-                if isinstance(item, OrchestratorError):
-                    raise item
-                assert item is not None, "the pipeline ended before the plan"
-                yield item
-        finally:
-            del items  # ends the loader processes now; left to an error's traceback, each costs 5 s of waiting
+        work, config = self._work, self._work.split.config
+        workers = config.num_workers
+        ring = Ring(workers, config.prefetch_batches, work.rows * 3 * work.size**2, self._context == "fork")
+        loader = DataLoader(
+            DataPipeline(work.requests, partial(_fill_all, work=work, ring=ring)),  # pyright: ignore[reportArgumentType] (webdataset's stand-in type)
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            prefetch_factor=config.prefetch_batches if workers else None,
+            multiprocessing_context=self._context if workers else None,
+            worker_init_fn=_start_worker if workers else None,
+        )
+        with Transfer(ring, self._device) as transfer:
+            items = iter(loader)
+            try:
+                for _ in range(self._work.length):
+                    began = perf_counter()
+                    transfer.wait_for_older()
+                    item = next(items, None)
+                    self.wait_s += perf_counter() - began
+                    if isinstance(item, OrchestratorError):
+                        raise item
+                    assert item is not None, "the pipeline ended before the plan"
+                    yield transfer.take(item)
+            finally:
+                del items  # ends the loader processes now; left to an error's traceback, each costs 5 s of waiting
+
+
+class Transfer:
+    """From a slot of the ring to what the rank computes on: a view of it, or a copy on the GPU straight from pinned
+    memory, finished before its slot can be filled again."""
+
+    def __init__(self, ring: Ring, device: torch.device | None):
+        self._ring, self._device = ring, device
+        self._copies: deque[Any] = deque()
+
+    def __enter__(self) -> Transfer:
+        if self._device is not None:
+            memory = self._ring.memory
+            _check_cuda(_cuda().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._device is not None:
+            torch.cuda.synchronize(self._device)
+            _check_cuda(_cuda().cudaHostUnregister(self._ring.memory.data_ptr()))
+
+    def wait_for_older(self) -> None:
+        """Wait for all copies but the newest."""
+        while len(self._copies) > 1:
+            self._copies.popleft().synchronize()
+
+    def take(self, item: Filled) -> Batch:
+        images = self._ring.images(item.worker, item.slot, len(item.ids), item.size)
+        labels, ids = torch.from_numpy(item.labels), torch.from_numpy(item.ids)
+        if self._device is not None:
+            images = images.to(self._device, non_blocking=True)
+            labels = labels.to(self._device)
+            self._copies.append(torch.cuda.Event())
+            self._copies[-1].record()
+        return Batch(images, labels, ids, item.step_size, item.skipped)
+
+
+def _cuda() -> Any:
+    return torch.cuda.cudart()
+
+
+def _check_cuda(code: Any) -> None:
+    torch.cuda.check_error(int(code))
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 def _start_worker(worker: int) -> None:
@@ -229,29 +312,24 @@ def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def train_loader(plan: TrainPlan, split: Split, accumulate: int, steps: range, pin_memory: bool) -> Loader:
+def train_loader(
+    plan: TrainPlan,
+    split: Split,
+    accumulate: int,
+    steps: range,
+    device: torch.device | None = None,
+    context: str = "fork",
+) -> Loader:
     """Batches for the steps `steps` of the run, `accumulate` parts each."""
+    requests = partial(_train_requests, plan, split, accumulate, steps)
+    step = ceil(plan.num_samples / plan.steps_per_epoch)
+    rows = ceil(ceil(step / split.world_size) / accumulate)
+    work = Work(split, requests, TrainFinish(split), len(steps) * accumulate, rows, split.config.image_size)
+    return Loader(work, device, context)
 
-    def pixels(image: np.ndarray, request: Request, id: int) -> np.ndarray:
-        return train_pixels(image, split.config, keyed_rng(split.seed, request.epoch, id, "augment"))
 
-    pipeline = _pipeline(split, lambda: _train_requests(plan, split, accumulate, steps), pixels)
-    return Loader(pipeline, len(steps) * accumulate, split.config, pin_memory)
-
-
-def eval_loader(plan: EvalPlan, split: Split, pin_memory: bool) -> Loader:
+def eval_loader(plan: EvalPlan, split: Split, device: torch.device | None = None, context: str = "fork") -> Loader:
     """Every sample of the set once over all ranks, rows that fill up carry PAD as their number."""
-    spec = preprocessing_of(split.config)
-    pipeline = _pipeline(split, lambda: _eval_requests(plan, split.rank), lambda image, *_: eval_pixels(image, spec))
-    return Loader(pipeline, plan.steps, split.config, pin_memory)
-
-
-def _pipeline(
-    split: Split, requests: Callable[[], Iterator[Request]], pixels: Callable[[np.ndarray, Request, int], np.ndarray]
-) -> DataPipeline:
-    return DataPipeline(
-        requests,
-        lambda items: _read(split.index, items),
-        lambda items: _assemble(items, split, pixels),
-        _errors_as_items,
-    )
+    size = preprocessing_of(split.config).image_size
+    requests = partial(_eval_requests, plan, split)
+    return Loader(Work(split, requests, EvalFinish(split), plan.steps, plan.per_rank_batch_size, size), device, context)

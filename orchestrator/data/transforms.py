@@ -122,8 +122,8 @@ def shift(pixels: np.ndarray, numbers: np.ndarray, padding: int) -> np.ndarray:
 
 def show(image: np.ndarray, views: Views, row: int, size: int, interpolation: Interpolation) -> np.ndarray:
     """The view of one decoded image, (H, W, 3) uint8 -> (3, S, S) uint8, by Pillow."""
-    box = tuple(views.boxes[row].tolist())
-    pixels = _resize(image, box, views.clip, size, FILTERS[interpolation])
+    left, top, right, bottom = views.boxes[row].tolist()
+    pixels = _resize(image, (left, top, right, bottom), views.clip, size, FILTERS[interpolation])
     return pixels[:, :, ::-1] if views.flips[row] else pixels
 
 
@@ -133,14 +133,12 @@ def eval_pixels(image: np.ndarray, spec: Preprocessing) -> np.ndarray:
     return show(image, eval_views(sizes, spec), 0, spec.image_size, Interpolation[spec.interpolation])
 
 
-def _resize(
-    image: np.ndarray, box: tuple[float, ...], clip: bool, size: int, resample: Image.Resampling
-) -> np.ndarray:
+def _resize(image: np.ndarray, box: tuple[float, ...], clip: bool, size: int, resample: Image.Resampling) -> np.ndarray:
     if clip:
         left, top, right, bottom = map(int, box)
         image = image[top:bottom, left:right]
-        box = (0.0, 0.0, float(right - left), float(bottom - top))
-    if box == (0, 0, size, size) and image.shape[:2] == (size, size):
+        return _resize(image, (0.0, 0.0, float(right - left), float(bottom - top)), False, size, resample)
+    if list(box) == [0, 0, size, size] and image.shape[:2] == (size, size):
         return image.transpose(2, 0, 1)
     resized = Image.fromarray(np.ascontiguousarray(image)).resize((size, size), resample, box=box)
     return np.asarray(resized).transpose(2, 0, 1)

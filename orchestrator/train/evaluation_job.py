@@ -53,7 +53,7 @@ def run_evaluation(bundle: Bundle, world: World, began: float) -> None:
     num_classes = len(loaded.classes)
     split = Split(index, config.data, config.seed, num_classes, world.rank, world.world_size)
     plan = EvalPlan(index.num_samples, config.eval_batch_size, world.world_size)
-    result = evaluate(loaded.net, normalise, eval_loader(plan, split, device.type == "cuda"), num_classes)
+    result = evaluate(loaded.net, normalise, eval_loader(plan, split, device), num_classes)
     if world.is_first:
         write_evaluation(bundle.folder, result, None, index, loaded.classes, config.data.max_pixels)
         _write_result(bundle, source, world, result.metrics(), time.time() - began)

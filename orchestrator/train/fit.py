@@ -157,7 +157,7 @@ def _wire(
     job: Job, module: Classifier, ema: ExponentialMovingAverage | None, clock: PhaseClock, flag: StopFlag
 ) -> Parts:
     config, rank, span, sets = job.config, job.rank, job.span, job.sets
-    world, pin = rank.world, rank.device.type == "cuda"
+    world = rank.world
     train = Split(sets.train, config.data, config.seed, sets.num_classes, world.rank, world.world_size)
     steps = range(span.first_step, span.total_steps)
     folder = job.bundle.folder
@@ -166,7 +166,7 @@ def _wire(
     return Parts(
         module=module,
         ema=ema,
-        loader=train_loader(job.plan, train, config.recipe.accumulate, steps, pin),
+        loader=train_loader(job.plan, train, config.recipe.accumulate, steps, rank.device),
         evaluate=partial(_evaluate, job, module, ema),
         ledger=Ledger(folder, world.rank, rank.attempt),
         tracker=_open_tracker(job, progress) if world.is_first else NullTracker(),
@@ -197,7 +197,7 @@ def _evaluate(job: Job, module: Classifier, ema: ExponentialMovingAverage | None
     plan = EvalPlan(job.sets.val.num_samples, config.eval_batch_size, world.world_size)
     split = Split(job.sets.val, config.data, config.seed, job.sets.num_classes, world.rank, world.world_size)
     net = ema.module if ema is not None else module.net
-    batches = eval_loader(plan, split, job.rank.device.type == "cuda")
+    batches = eval_loader(plan, split, job.rank.device)
     return evaluate(net, module.normalise, batches, job.sets.num_classes)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from orchestrator.bundle import Bundle
 from orchestrator.data.images import decode_image
 from orchestrator.data.index import ShardIndex
-from orchestrator.data.stream import ShardReader
+from orchestrator.data.reader import ShardReader
 from orchestrator.files import read_json, write_json
 from orchestrator.track.wandb import Tracker
 from orchestrator.train import checkpoint

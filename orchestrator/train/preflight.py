@@ -36,7 +36,8 @@ class Sets:
 
     def plan(self, config: RunConfig) -> TrainPlan:
         sizes = tuple(shard.nsamples for shard in self.train.shards)
-        return TrainPlan(sizes, config.seed, config.recipe.global_batch_size, config.data.shuffle_shards)
+        batch, data = config.recipe.global_batch_size, config.data
+        return TrainPlan(sizes, config.seed, batch, data.shuffle_shards, data.lanes, data.repeats)
 
 
 def set_facts(index: ShardIndex) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def baselines() -> dict[str, float]:
 
     from orchestrator.data.images import decode_image
     from orchestrator.data.index import load_index
-    from orchestrator.data.stream import ShardReader
+    from orchestrator.data.reader import ShardReader
 
     def split(name: str) -> tuple[np.ndarray, np.ndarray]:
         index = load_index(str(digits() / name))

@@ -26,7 +26,7 @@ class PlainLoop:
             config.optimizer, net, peak_lr(config.optimizer, config.recipe.global_batch_size)
         )
         self._normalise = Normalise(config.data.mean, config.data.std, False)
-        self._batches: Iterator[Batch] = iter(train_loader(plan, split, 1, steps, False))
+        self._batches: Iterator[Batch] = iter(train_loader(plan, split, 1, steps))
 
     def run(self, steps: int) -> None:
         for _ in range(steps):

@@ -60,8 +60,8 @@ def main(path: str, out: str) -> None:
     config = load_bundle(Path(path)).config
     made: list[TakingTurns] = []
 
-    def train_loader(plan, split, accumulate, steps, pin):
-        loader = original(plan, split, accumulate, steps, pin)
+    def train_loader(plan, split, accumulate, steps, device):
+        loader = original(plan, split, accumulate, steps, device)
         made.append(TakingTurns(loader, PlainLoop(config, plan, split, steps), plan.steps_per_epoch))
         return made[0]
 

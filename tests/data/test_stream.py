@@ -23,7 +23,8 @@ from orchestrator.config import DataConfig
 from orchestrator.data.index import ShardIndex, load_index
 from orchestrator.data.indexing import index_tars
 from orchestrator.data.order import EvalPlan, TrainPlan
-from orchestrator.data.stream import PAD, Batch, ShardReader, Split, eval_loader, train_loader
+from orchestrator.data.reader import ShardReader
+from orchestrator.data.stream import PAD, Batch, Split, eval_loader, train_loader
 from orchestrator.errors import EXIT_USER, DataError
 from orchestrator.options import Crop, OnBad
 
@@ -101,14 +102,19 @@ def plan_of(index: ShardIndex, batch: int = BATCH) -> TrainPlan:
     return TrainPlan(tuple(shard.nsamples for shard in index.shards), SEED, batch, 2)
 
 
+def keep(loader: Iterable[Batch]) -> list[Batch]:
+    """All batches: the loader uses the memory of their images again."""
+    return [batch._replace(images=batch.images.clone()) for batch in loader]
+
+
 def train(split: Split, accumulate: int = 1, steps: range | None = None, batch: int = BATCH) -> list[Batch]:
     plan = plan_of(split.index, batch)
-    return list(train_loader(plan, split, accumulate, steps or range(2 * plan.steps_per_epoch), pin_memory=False))
+    return keep(train_loader(plan, split, accumulate, steps or range(2 * plan.steps_per_epoch)))
 
 
 def evaluate(split: Split, batch: int = 3) -> list[Batch]:
     plan = EvalPlan(split.index.num_samples, batch, split.world_size)
-    return list(eval_loader(plan, split, pin_memory=False))
+    return keep(eval_loader(plan, split))
 
 
 def same(left: list[Batch], right: list[Batch]) -> bool:
@@ -256,7 +262,7 @@ def test_an_error_ends_the_loader_processes_at_once(damaged: ShardIndex, config:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_before_a_damaged_sample_still_arrive(damaged: ShardIndex, config: DataConfig, workers: int) -> None:
     split = split_of(damaged, replace(config, num_workers=workers))
-    batches = iter(eval_loader(EvalPlan(damaged.num_samples, 3, 1), split, pin_memory=False))
+    batches = iter(eval_loader(EvalPlan(damaged.num_samples, 3, 1), split))
     assert real(next(batches) for _ in range(DAMAGED // 3)) == list(range(DAMAGED // 3 * 3))
     with pytest.raises(DataError):
         next(batches)
@@ -341,7 +347,7 @@ def test_no_pass_leaves_files_open(sound: ShardIndex, damaged: ShardIndex, confi
     evaluate(split_of(sound, config))
     with pytest.raises(DataError):
         evaluate(split_of(damaged, config))
-    abandoned = iter(eval_loader(EvalPlan(sound.num_samples, 3, 1), split_of(sound, config), pin_memory=False))
+    abandoned = iter(eval_loader(EvalPlan(sound.num_samples, 3, 1), split_of(sound, config)))
     next(abandoned)
     del abandoned
     gc.collect()  # an error holds its frames, and they the shards, for as long as it is looked at
@@ -349,7 +355,7 @@ def test_no_pass_leaves_files_open(sound: ShardIndex, damaged: ShardIndex, confi
 
 
 def test_a_reader_holds_a_bounded_number_of_shards_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.data.stream.OPEN_SHARDS", 2)
+    monkeypatch.setattr("orchestrator.data.reader.OPEN_SHARDS", 2)
     index = load_index(str(make_set(tmp_path / "set", (2,) * 6)))
     reader, before = ShardReader(index), open_files()
     for id in [*range(12), 0, 11, 5, 0]:
@@ -360,7 +366,7 @@ def test_a_reader_holds_a_bounded_number_of_shards_open(tmp_path: Path, monkeypa
 
 
 def test_a_loader_knows_its_length_and_how_long_it_made_the_rank_wait(sound: ShardIndex, config: DataConfig) -> None:
-    loader: Any = train_loader(plan_of(sound), split_of(sound, config), 2, range(2, 5), pin_memory=False)
+    loader: Any = train_loader(plan_of(sound), split_of(sound, config), 2, range(2, 5))
     assert len(loader) == 6
     assert loader.wait_s == 0
     assert len(list(loader)) == 6
