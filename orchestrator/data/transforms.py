@@ -133,7 +133,9 @@ def eval_pixels(image: np.ndarray, spec: Preprocessing) -> np.ndarray:
     return show(image, eval_views(sizes, spec), 0, spec.image_size, Interpolation[spec.interpolation])
 
 
-def _resize(image: np.ndarray, box: tuple[float, ...], clip: bool, size: int, resample: Image.Resampling) -> np.ndarray:
+def _resize(
+    image: np.ndarray, box: tuple[float, float, float, float], clip: bool, size: int, resample: Image.Resampling
+) -> np.ndarray:
     if clip:
         left, top, right, bottom = map(int, box)
         image = image[top:bottom, left:right]
