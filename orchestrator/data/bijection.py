@@ -48,5 +48,7 @@ def _moved(half: np.ndarray, bound: np.ndarray, other: np.ndarray, keys: np.ndar
     hashed >>= _32
     hashed *= bound.view(np.uint64)
     hashed >>= _32  # a number below `bound`, without a division
-    moved = half + hashed.view(np.int64)
-    return np.where(moved >= bound, moved - bound, moved)
+    moved = hashed.view(np.int64)
+    moved += half
+    moved -= bound * (moved >= bound)
+    return moved
