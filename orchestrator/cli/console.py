@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 PLAIN_EVERY_S = 5.0
@@ -75,3 +77,9 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
     for row in rows:
         table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
     Console(soft_wrap=not sys.stdout.isatty()).print(table)
+
+
+def given_options(args: argparse.Namespace, kind: Any) -> dict[str, Any]:
+    """The options of a dataclass that the command line sets; what it leaves out keeps the dataclass's default."""
+    values = {field.name: getattr(args, field.name, None) for field in fields(kind)}
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,4 +1,4 @@
-"""``orchestrator shards make | index | verify | inspect``."""
+"""``orchestrator shards make | convert | index | verify | inspect``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cli.console import note, print_json, print_table, progress
+from orchestrator.cli import convert
+from orchestrator.cli.console import given_options, note, print_json, print_table, progress
 from orchestrator.errors import EXIT_DONE, EXIT_USER, DataError
 
 SHOWN = 20
@@ -35,8 +36,9 @@ INSPECT_EPILOG = """examples:
 def add_to(subparsers: Any) -> None:
     """Register `shards` and its leaves."""
     family = subparsers.add_parser("shards", help="pack, index, check and look at WebDataset shards")
-    leaves = family.add_subparsers(dest="leaf", required=True, metavar="make | index | verify | inspect")
+    leaves = family.add_subparsers(dest="leaf", required=True, metavar="make | convert | index | verify | inspect")
     add_make_arguments(_leaf(leaves, "make", "pack labelled images into shards", MAKE_EPILOG))
+    convert.add_arguments(_leaf(leaves, "convert", "write existing tars again, crop-ready", convert.EPILOG))
     index = _leaf(leaves, "index", "index tars that exist", INDEX_EPILOG)
     index.add_argument("location", metavar="FOLDER|PATTERN")
     index.add_argument("--label", default="cls", metavar="EXT", help="extension of the members with the class number")
@@ -104,8 +106,8 @@ def make(args: argparse.Namespace) -> int:
     from orchestrator.data.writer import make_shards, plan_shards
 
     began = time.monotonic()
-    source = SourceOptions(**_given(args, SourceOptions))
-    options = MakeOptions(**_given(args, MakeOptions))
+    source = SourceOptions(**given_options(args, SourceOptions))
+    options = MakeOptions(**given_options(args, MakeOptions))
     if args.dry_run:
         plan = plan_shards(args.source, source, options)
         _print_plan(args, plan)
@@ -116,14 +118,6 @@ def make(args: argparse.Namespace) -> int:
         return EXIT_DONE
     _print_made(args.out, made, time.monotonic() - began)
     return EXIT_DONE
-
-
-def _given(args: argparse.Namespace, kind: Any) -> dict[str, Any]:
-    """The options of a dataclass that the command line sets; what it leaves out keeps the dataclass's default."""
-    import dataclasses
-
-    values = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(kind)}
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def _print_plan(args: argparse.Namespace, plan: dict[str, Any]) -> None:

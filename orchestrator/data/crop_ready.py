@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from orchestrator.data.kernel import load_kernel
+from orchestrator.data.kernel import JpegFacts, load_kernel
 
 NEAR_MCUS = 4
 """Wished length of a restart interval: shorter ones cost bytes, longer ones decode pixels that the crop drops."""
@@ -30,17 +30,21 @@ def make_crop_ready(data: bytes) -> bytes | None:
     facts = kernel.describe(data)
     if facts is None:
         return None
-    columns = -(-facts.width // facts.mcu_width)
-    if facts.baseline and facts.interval and columns % facts.interval == 0:
+    if is_ready(facts):
         return None
     most = len(data) * (MOST_GROWTH if facts.baseline else MOST_GROWTH_PROGRESSIVE)
-    for interval in intervals(columns):
+    for interval in intervals(facts.columns):
         rewritten = kernel.rewrite(data, interval)
         if rewritten is None:
             return None
         if len(rewritten) <= most:
             return rewritten
     return None
+
+
+def is_ready(facts: JpegFacts) -> bool:
+    """Whether a JPEG already has restart intervals that divide its rows of MCUs."""
+    return facts.baseline and facts.interval > 0 and facts.columns % facts.interval == 0
 
 
 def intervals(columns: int) -> list[int]:

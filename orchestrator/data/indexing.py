@@ -75,7 +75,7 @@ def index_tars(
     names = read_classes(Path(classes_file)) if classes_file else None
     shards = []
     for tar in tars:
-        shards.append(_describe(tar, label))
+        shards.append(describe_tar(tar, label))
         advance(1)
     highest = max((int(number) for shard in shards for number in shard.class_counts), default=-1)
     if names is not None and len(names) <= highest:
@@ -104,7 +104,7 @@ def _names_of_older_index(folder: Path, highest: int) -> tuple[str, ...] | None:
     return tuple(map(str, classes)) if isinstance(classes, list) and len(classes) > highest else None
 
 
-def _describe(tar: Path, label: str) -> ShardFacts:
+def describe_tar(tar: Path, label: str) -> ShardFacts:
     """What one tar holds, from the tar alone: an `.idx` that lies there is replaced, not believed."""
     samples = list(group_samples(scan_members(tar)))
     idx = tar.with_suffix(".idx")

@@ -47,6 +47,11 @@ class JpegFacts(NamedTuple):
     interval: int
     baseline: bool
 
+    @property
+    def columns(self) -> int:
+        """MCUs in a row."""
+        return -(-self.width // self.mcu_width)
+
 
 class Kernel:
     """The functions of the compiled library."""

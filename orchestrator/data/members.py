@@ -49,20 +49,25 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def scan_members(path: Path) -> Iterator[Member]:
-    """All regular files of a tar in their order; headers are read, contents are not.
+    """All regular files of a tar in their order; raises what `read_entries` raises."""
+    for info in read_entries(path)[0]:
+        named = split_name(info.name) if info.isreg() else None
+        if named:
+            yield Member(*named, info.offset_data, info.size, info.name)
+
+
+def read_entries(path: Path) -> tuple[list[tarfile.TarInfo], int]:
+    """Everything that a tar lists, and the byte where it ends; headers are read, contents are not.
 
     Raises DataError where the tar is not one, is cut short or is damaged.
     """
     try:
         with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                named = split_name(info.name) if info.isreg() else None
-                if named:
-                    yield Member(*named, info.offset_data, info.size, info.name)
-            end = tar.offset
+            entries, end = tar.getmembers(), tar.offset
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: not a readable tar ({error}). Way out: copy or make this shard again") from error
     _require_end(path, end)
+    return entries, end
 
 
 def _require_end(path: Path, offset: int) -> None:

@@ -13,8 +13,18 @@ from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
+from orchestrator.data.claim import facts_path
 from orchestrator.data.crop_ready import make_crop_ready
-from orchestrator.data.images import EXTENSIONS, PLAIN, SOURCE_FORMATS, Decoded, ImageError, decode, encode_image, shrink
+from orchestrator.data.images import (
+    EXTENSIONS,
+    PLAIN,
+    SOURCE_FORMATS,
+    Decoded,
+    ImageError,
+    decode,
+    encode_image,
+    shrink,
+)
 from orchestrator.data.members import group_samples, scan_members, write_idx
 from orchestrator.data.sources import Item, Read
 from orchestrator.files import replacing, write_json
@@ -136,10 +146,6 @@ def pack_shard(task: ShardTask, tick: Callable[[], None], stopped: Callable[[], 
     write_idx(path.with_suffix(".idx"), list(group_samples(scan_members(path))))
     write_json(facts_path(path), asdict(facts))
     return facts
-
-
-def facts_path(shard: Path) -> Path:
-    return shard.parent / ".parts" / f"{shard.stem}.json"
 
 
 def _stored(

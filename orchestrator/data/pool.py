@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestrator.data.pack import ShardFacts, ShardTask, pack_shard
 from orchestrator.errors import NodeError
@@ -21,26 +21,39 @@ BYTES_OF_A_SMALL_IMAGE = 16 << 10
 
 _shared: dict[str, Any] = {}
 
+Task = TypeVar("Task")
+Facts = TypeVar("Facts")
 
-def choose_workers(tasks: list[ShardTask]) -> int:
-    """One per core, fewer where the work is small."""
-    sizes = [item.size for task in tasks for _, item in task.samples]
-    work = len(sizes) + sum(sizes) // BYTES_OF_A_SMALL_IMAGE
+
+def choose_workers(images: int, size: int) -> int:
+    """One per core, fewer where the work is small: `images` of `size` bytes together."""
+    work = images + size // BYTES_OF_A_SMALL_IMAGE
     return max(1, min(len(os.sched_getaffinity(0)), work // WORTH_A_PROCESS))
 
 
 def pack_all(tasks: list[ShardTask], workers: int | None, advance: Callable[[int], None]) -> list[ShardFacts]:
-    """Pack every task; facts come in the order of the tasks.
+    """Pack every task; raises what `run_all` raises."""
+    sizes = [item.size for task in tasks for _, item in task.samples]
+    return run_all(pack_shard, tasks, workers or choose_workers(len(sizes), sum(sizes)), advance)
 
-    Raises OSError of the disk, NodeError where a packing process dies.
+
+def run_all(
+    work: Callable[[Task, Callable[[], None], Callable[[], bool]], Facts],
+    tasks: list[Task],
+    workers: int,
+    advance: Callable[[int], None],
+) -> list[Facts]:
+    """Do `work(task, tick, stopped)` for every task; facts come in the order of the tasks.
+
+    Raises what `work` raises, NodeError where a packing process dies.
     """
-    workers = min(workers or choose_workers(tasks), len(tasks))
+    workers = min(workers, len(tasks))
     if workers <= 1:
-        return [pack_shard(task, lambda: advance(1), lambda: False) for task in tasks]
+        return [work(task, lambda: advance(1), lambda: False) for task in tasks]
     context = multiprocessing.get_context("spawn")
     done, stop = context.Value("q", 0), context.Event()
     with ProcessPoolExecutor(workers, context, _start, (done, stop)) as pool:
-        futures = [pool.submit(_pack, task) for task in tasks]
+        futures = [pool.submit(_work, work, task) for task in tasks]
         try:
             _wait(futures, done, advance)
             return [future.result() for future in futures]
@@ -51,7 +64,7 @@ def pack_all(tasks: list[ShardTask], workers: int | None, advance: Callable[[int
             pool.shutdown(cancel_futures=True)
 
 
-def _wait(futures: list[Future[ShardFacts]], done: Any, advance: Callable[[int], None]) -> None:
+def _wait(futures: list[Future[Any]], done: Any, advance: Callable[[int], None]) -> None:
     """Report progress until all are done or one failed."""
     shown, pending = 0, set(futures)
     while pending:
@@ -76,8 +89,8 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _pack(task: ShardTask) -> ShardFacts:
-    return pack_shard(task, _tick, _shared["stop"].is_set)
+def _work(work: Callable[..., Facts], task: Any) -> Facts:
+    return work(task, _tick, _shared["stop"].is_set)
 
 
 def _tick() -> None:

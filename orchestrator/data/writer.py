@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.data.claim import PARTS, claim, clear, finished_part, locked, read_or_none
 from orchestrator.data.index import INDEX_NAME
 from orchestrator.data.members import list_first
-from orchestrator.data.pack import ShardFacts, ShardTask, facts_path
+from orchestrator.data.pack import ShardFacts, ShardTask
 from orchestrator.data.plan import MakeOptions, SplitPlan, plan_split
 from orchestrator.data.pool import pack_all
 from orchestrator.data.shardset import index_body, write_index
 from orchestrator.data.sources import Source, SourceOptions, open_source
 from orchestrator.errors import DataError
-from orchestrator.files import disk_errors, write_json
+from orchestrator.files import disk_errors
 
+VERB = "shards make"
 SCRATCH = ".scratch"
-PARTS = ".parts"
 
 Progress = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
 """(description, total, unit) -> a context that yields advance(n)."""
@@ -46,24 +44,8 @@ def make_shards(
     Raises DataError for bad images (all of them, after looking at all) and for a folder that holds something else,
     NodeError where the disk is full.
     """
-    with disk_errors(out), _locked(out):
+    with disk_errors(out), locked(out, VERB):
         return _make(spec, out, source_options, options, progress)
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """One packing per folder: the lock on the folder itself ends with the process and leaves nothing."""
-    out.mkdir(parents=True, exist_ok=True)
-    fd = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise DataError(
-            f"{out}: another `shards make` is writing here. Way out: wait for it, or name another folder"
-        ) from None
-    finally:
-        os.close(fd)
 
 
 def _make(
@@ -77,7 +59,7 @@ def _make(
         plans = _plans(source, options)
         tasks = {plan.split: _tasks(plan, out / plan.split, source, options) for plan in plans}
         for plan in plans:
-            _claim(out / plan.split, plan)
+            claim(out / plan.split, plan.digest, VERB)
         bodies = _pack_splits(source, out, plans, tasks, (options, progress))
         return {"name": source.name, "ignored_files": source.ignored, "splits": bodies}
     finally:
@@ -95,51 +77,6 @@ def _tasks(plan: SplitPlan, folder: Path, source: Source, options: MakeOptions) 
     ]
 
 
-def _claim(folder: Path, plan: SplitPlan) -> None:
-    """Make the folder ready for this plan, keeping shards that an earlier start of the same plan finished."""
-    folder.mkdir(exist_ok=True)
-    index = _read_json(folder / INDEX_NAME)
-    marker = folder / PARTS / "plan.json"
-    if index and index.get("plan") == plan.digest:
-        if _is_complete(folder, index):
-            return
-        (folder / INDEX_NAME).unlink()
-        _clear(folder)
-    elif index or (not marker.is_file() and any(folder.glob("*.tar"))):
-        raise DataError(
-            f"{folder}: holds another shard set, which `shards make` does not overwrite. "
-            "Way out: name another folder or delete this one"
-        )
-    if (_read_json(marker) or {}).get("digest") != plan.digest:
-        _clear(folder)
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink()
-    marker.parent.mkdir(exist_ok=True)
-    write_json(marker, {"digest": plan.digest})
-
-
-def _is_complete(folder: Path, index: dict[str, Any]) -> bool:
-    files = [(folder / shard["url"], shard["filesize"]) for shard in index["shardlist"]]
-    return all(
-        path.is_file() and path.stat().st_size == size and path.with_suffix(".idx").is_file() for path, size in files
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def _clear(folder: Path) -> None:
-    """Remove what an unfinished packing wrote."""
-    for pattern in ("*.tar", "*.idx", ".*.tmp"):
-        for path in folder.glob(pattern):
-            path.unlink()
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
-
-
 def _pack_splits(
     source: Source,
     out: Path,
@@ -148,7 +85,7 @@ def _pack_splits(
     how: tuple[MakeOptions, Progress],
 ) -> dict[str, Any]:
     options, progress = how
-    finished = {p.split: body for p in plans if (body := _read_json(out / p.split / INDEX_NAME))}
+    finished = {p.split: body for p in plans if (body := read_or_none(out / p.split / INDEX_NAME))}
     wanted = [task for plan in plans if plan.split not in finished for task in tasks[plan.split]]
     done = {task.path: facts for task in wanted if (facts := _finished(task))}
     left = [task for task in wanted if task.path not in done]
@@ -168,12 +105,8 @@ def _pack_splits(
 
 
 def _finished(task: ShardTask) -> ShardFacts | None:
-    path = Path(task.path)
-    body = _read_json(facts_path(path))
-    if not body or body["digest"] != task.digest:
-        return None
-    whole = path.is_file() and path.stat().st_size == body["filesize"] and path.with_suffix(".idx").is_file()
-    return ShardFacts(**body) if whole else None
+    body = finished_part(Path(task.path), task.digest)
+    return ShardFacts(**body) if body else None
 
 
 def _require_no_bad(out: Path, splits: list[str], facts: list[ShardFacts]) -> None:
@@ -181,7 +114,7 @@ def _require_no_bad(out: Path, splits: list[str], facts: list[ShardFacts]) -> No
     if not bad:
         return
     for split in splits:
-        _clear(out / split)
+        clear(out / split)
         (out / split).rmdir()
     raise DataError(
         f"{len(bad)} images cannot be used, nothing was written:\n{list_first(bad)}\n"
@@ -197,7 +130,7 @@ def _finish(source: Source, folder: Path, plan: SplitPlan, facts: list[ShardFact
             (folder / shard.file).with_suffix(".idx").unlink()
     body = index_body(f"{source.name}-{plan.split}", source.classes, facts)
     if not body["shardlist"]:
-        _clear(folder)
+        clear(folder)
         folder.rmdir()
         bad = [line for shard in facts for line in shard.bad]
         raise DataError(f"{source.name}: none of {len(bad)} {plan.split} images can be used:\n{list_first(bad)}")
