@@ -13,7 +13,7 @@ SOF0, SOF2, DHT, RST0, EOI, SOS, DRI, APP1 = 0xC0, 0xC2, 0xC4, 0xD0, 0xD9, 0xDA,
 XMP = b"http://ns.adobe.com/xap/1.0/"
 
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
-_TURNED = re.compile(rb"tiff:Orientation[=>]\"?[^1\"]")
+_XMP_TURN = re.compile(rb"tiff:Orientation[=>][\"']?(.)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,8 @@ def _parse_frame(segment: bytes) -> tuple[int, int, int, int, int] | None:
 def _is_turned(segment: bytes) -> bool:
     """Whether an APP1 segment asks for the image to be turned."""
     if segment.startswith(XMP):
-        return _TURNED.search(segment) is not None
+        found = _XMP_TURN.search(segment)
+        return found is not None and found[1] != b"1"
     if not segment.startswith(b"Exif\0\0") or len(segment) < 20:
         return False
     tiff, order = segment[6:], "little" if segment[6:7] == b"I" else "big"
@@ -113,3 +114,10 @@ def _size_bytes(header: JpegHeader, first: int, last: int, top: int, bottom: int
     width = min(last * step, header.width) - first * step
     height = min(bottom * header.mcu_height, header.height) - top * header.mcu_height
     return height.to_bytes(2, "big") + width.to_bytes(2, "big")
+
+
+def end_early(data: bytes, header: JpegHeader, bottom: int) -> bytes:
+    """The file as if it ended at row `bottom`: a decoder reads the scan of a baseline file no further than that."""
+    if not header.baseline or bottom >= header.height:
+        return data
+    return b"".join((data[: header.size_at], bottom.to_bytes(2, "big"), data[header.size_at + 2 :]))

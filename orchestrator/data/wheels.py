@@ -8,7 +8,7 @@ import os
 import numpy as np
 import torch
 
-from orchestrator.data.jpeg import JpegHeader, cut_window, parse_jpeg
+from orchestrator.data.jpeg import JpegHeader, cut_window, end_early, parse_jpeg
 from orchestrator.data.kernel import DONE, OTHER, SHORT_READ
 from orchestrator.data.transforms import Views, show
 from orchestrator.options import Interpolation
@@ -60,10 +60,10 @@ def _decode(job: np.void, out: np.ndarray, interpolation: Interpolation) -> int:
     if header is None:
         return OTHER
     box, side = job["box"].tolist(), out.shape[2]
-    window = cut_window(data, header, _reach(box, bool(job["clip"]), side, interpolation, header))
-    data, left, top = window or (data, 0, 0)
-    try:
-        image = simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False)
+    reach = _reach(box, bool(job["clip"]), side, interpolation, header)
+    data, left, top = cut_window(data, header, reach) or (end_early(data, header, reach[3]), 0, 0)
+    try:  # not strict: bytes behind an early end are no fault
+        image = simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False, strict=False)
     except ValueError:
         return OTHER
     inside = box[0] - left, box[1] - top, box[2] - left, box[3] - top

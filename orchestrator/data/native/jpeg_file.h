@@ -31,7 +31,7 @@ static unsigned read_any(const uint8_t *at, int bytes, int little) {
 static int is_turned(const uint8_t *segment, size_t length) {
     if (length > 29 && !memcmp(segment, "http://ns.adobe.com/xap/1.0/", 29)) {
         const uint8_t *found = memmem(segment, length, "tiff:Orientation", 16);
-        return found && found + 19 < segment + length && found[16 + (found[17] == '"')  + 1] != '1';
+        return found && found + 19 < segment + length && found[17 + (found[17] == '"' || found[17] == '\'')] != '1';
     }
     if (length < 20 || memcmp(segment, "Exif\0\0", 6)) return 0;
     const uint8_t *tiff = segment + 6;
