@@ -179,6 +179,16 @@ static void decode_region(void *d, Region region, const Taps *across, int left_i
     }
 }
 
+/* Whether the last scans of a progressive file are missing: libjpeg smooths over that, across a region's borders. */
+static int lacks_scans(void *d) {
+    enum { SMOOTHED = 10 }; /* coefficients of a block that its smoothing guesses */
+    const int *bits = FIELD(d, D_COEF_BITS, const int *); /* 64 of each component, NULL where it is not progressive */
+    for (int c = 0; bits && c < FIELD(d, D_NUM_COMPONENTS, int); c++)
+        for (int i = 0; i < SMOOTHED; i++)
+            if (bits[64 * c + i]) return 1;
+    return 0;
+}
+
 static void decode_one(Job *job, int side, int cubic, uint8_t *out) {
     const uint8_t *bytes = fetch(job, (size_t)job->size);
     size_t size = (size_t)job->size;
@@ -210,6 +220,7 @@ static void decode_one(Job *job, int side, int cubic, uint8_t *out) {
     FIELD(d, D_SCALE_NUM, unsigned) = 1;
     FIELD(d, D_SCALE_DENOM, unsigned) = (unsigned)k;
     jpeg_start_decompress(d);
+    if (lacks_scans(d)) longjmp(own.failed, 1);
     if (k > 1) { /* from here on everything is in pixels of the scaled image */
         int width = (int)FIELD(d, D_OUTPUT_WIDTH, unsigned), height = (int)FIELD(d, D_OUTPUT_HEIGHT, unsigned);
         region = (Region){region.left / k, region.top / k, clamp((region.right + k - 1) / k, 1, width),

@@ -26,6 +26,7 @@ enum {
     D_OUTPUT_WIDTH = 136,
     D_OUTPUT_HEIGHT = 140,
     D_OUTPUT_SCANLINE = 168,
+    D_COEF_BITS = 192,
     D_COMP_INFO = 304,
 };
 /* jpeg_compress_struct */
