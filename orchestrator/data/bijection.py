@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 ROUNDS = 12
-"""8 suffice from about 100 elements up; 12 bring the likelihoods of the orders of a handful of them within 5 %."""
+"""Measured: 8 suffice from about 100 elements up; 12 bring the odds of all orders of up to six within a tenth (rms)."""
 
 _OF_ROUND, _OF_HALF = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03  # odd, and no small multiples of each other
 _MULTIPLIERS = np.array([0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53], np.uint64)

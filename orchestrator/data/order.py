@@ -66,7 +66,7 @@ class _Lanes(NamedTuple):
 
     edges: np.ndarray  # (2, lanes + 1) int64 first slot of each lane in a step of the smaller and of the larger size
     starts: np.ndarray  # (lanes + 1,) int64 first place of each lane
-    shards: np.ndarray  # (shards,) int64 first sample number of each shard that is not empty
+    shards: np.ndarray  # (shards,) int64 first sample number of each shard
     sizes: np.ndarray  # (shards,) int64
 
 
@@ -146,7 +146,7 @@ class TrainPlan:
 
     def shards_of(self, ids: np.ndarray) -> np.ndarray:
         """The shard of each sample, (n,) int64, as numbered in `shard_sizes`."""
-        return np.searchsorted(np.cumsum(self.shard_sizes), ids, side="right")
+        return np.searchsorted(self._lanes.shards, ids, side="right") - 1
 
     def shards_at_once(self, world_size: int) -> int:
         """About the most shards that a rank reads from at a time: what a cache or a set of open files should hold."""
@@ -241,11 +241,11 @@ def _require_lanes(lanes: int, shards: int, smallest_step: int, steps: int) -> N
     most = min(shards, smallest_step)
     if lanes > most:
         rule = (
-            f"exceeds the {shards} shards of the set, so that lanes would be parts of a shard, the same in each epoch"
+            f"exceeds the number of shards, {shards}, so that lanes would be parts of a shard, the same in each epoch"
             if shards < lanes
             else f"exceeds the {smallest_step} images of a step ({steps} steps per epoch), which draws from each lane"
         )
-        raise ConfigError("data.lanes", lanes, rule, f"data.lanes={most} or fewer, or data.lanes=0 to have it chosen")
+        raise ConfigError("data.lanes", lanes, rule, f"at most data.lanes={most}, or data.lanes=0 to have it chosen")
 
 
 def _lay_out(sizes: np.ndarray, samples: int, steps: int, lanes: int) -> _Lanes:
@@ -254,7 +254,7 @@ def _lay_out(sizes: np.ndarray, samples: int, steps: int, lanes: int) -> _Lanes:
     edges = np.arange(lanes + 1) * np.array([[small], [small + 1]]) // lanes
     large_steps = samples - small * steps
     starts = (steps - large_steps) * edges[0] + large_steps * edges[1]
-    return _Lanes(edges, starts, (np.cumsum(sizes) - sizes)[sizes > 0], sizes[sizes > 0])
+    return _Lanes(edges, starts, np.cumsum(sizes) - sizes, sizes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,19 +167,16 @@ def test_long_ranges_are_computed_in_pieces_without_a_trace() -> None:
 
 
 def dealt(plan: TrainPlan, turn: int) -> list[int]:
-    """The order of the shards that are not empty: by a random number each."""
-    full = sum(size > 0 for size in plan.shard_sizes)
-    tickets = keyed_rng(plan.seed, turn, "shards").bit_generator.random_raw(full)
-    return sorted(range(full), key=lambda shard: int(tickets[shard]) % 2**32)
+    """The order of the shards: by a random number each."""
+    tickets = keyed_rng(plan.seed, turn, "shards").bit_generator.random_raw(len(plan.shard_sizes))
+    return sorted(range(len(tickets)), key=lambda shard: int(tickets[shard]) % 2**32)
 
 
 def slow_epoch(plan: TrainPlan, number: int) -> list[list[int]]:
     """The same order as its description reads: everything laid out in full."""
     starts = np.cumsum([0, *plan.shard_sizes])
-    full = [shard for shard, size in enumerate(plan.shard_sizes) if size]
     turn, part = divmod(number, plan.repeats)
-    shards = [full[i] for i in dealt(plan, turn)]
-    line = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in shards])
+    line = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in dealt(plan, turn)])
     keys = keyed_rng(plan.seed, turn, "blocks").integers(0, 2**64, (plan.lane_count, plan.blocks), np.uint64)
     sizes = [plan.step_size(step) for step in range(plan.steps_per_epoch)]
     shares = [[len(range(size)[cut(size, plan.lane_count, lane)]) for size in sizes] for lane in range(plan.lane_count)]
@@ -213,9 +210,8 @@ def test_every_step_takes_the_same_number_from_each_lane() -> None:
             for lane in range(plan.lane_count):
                 lane_of[batch[cut(len(batch), plan.lane_count, lane)]] = lane
         if plan.repeats == 1:
-            shards = np.flatnonzero(plan.shard_sizes)[dealt(plan, 0)]
             starts = np.cumsum([0, *plan.shard_sizes])
-            line = np.concatenate([lane_of[starts[shard] : starts[shard + 1]] for shard in shards])
+            line = np.concatenate([lane_of[starts[shard] : starts[shard + 1]] for shard in dealt(plan, 0)])
             assert np.array_equal(line, np.sort(line)), "a lane is one stretch of the shards as they are dealt"
             shares = np.bincount(line, minlength=plan.lane_count)
             assert max(shares) - min(shares) <= plan.steps_per_epoch
@@ -245,6 +241,15 @@ def test_a_rank_reads_whole_lanes_where_it_can(lanes: int, world: int, batch: in
     assert sorted(at_once)[len(at_once) // 2] <= plan.shards_at_once(world) <= len(sizes)
 
 
+@pytest.mark.parametrize(("world", "lanes"), [(1, 8), (2, 4), (8, 1), (16, 1), (64, 1), (3, 4), (5, 3), (12, 2)])
+def test_the_shards_a_rank_reads_at_once_are_those_of_the_lanes_its_slice_can_meet(world: int, lanes: int) -> None:
+    plan = TrainPlan((100,) * 256, 0, 800, 4, 8)
+    assert plan.shards_at_once(world) == lanes * 5, "a block of 4 shards' length meets 5"
+    of_lane = [slices(800, 8).index(next(part for part in slices(800, 8) if slot in part)) for slot in range(800)]
+    met = [len({of_lane[slot] for slot in part}) for part in slices(800, world)]
+    assert max(met) <= lanes
+
+
 def test_lanes_chosen_for_a_set_serve_one_rank_and_thousands() -> None:
     imagenet = automatic_lanes(1281, 1024, 16, 1)
     assert imagenet == 16
@@ -265,7 +270,7 @@ def test_lanes_that_cannot_be_filled_are_refused_with_the_most_that_can(
     with pytest.raises(ConfigError, match=r"data\.lanes = ") as caught:
         TrainPlan(sizes, 0, batch, 1, most + 1)
     assert (caught.value.key, caught.value.exit_code) == ("data.lanes", EXIT_USER)
-    assert f"data.lanes={most} or fewer" in caught.value.way_out
+    assert f"at most data.lanes={most}, or" in caught.value.way_out
 
 
 def order_of(sizes: tuple[int, ...], seed: int, number: int, window: int, lanes: int = 1) -> np.ndarray:
@@ -434,6 +439,20 @@ def test_keyed_shuffles_look_like_those_of_numpy(size: int, shuffles: int) -> No
     assert surprise(steps, steps.sum() / (size - 1), size - 2) < 5
     assert abs(np.mean(orders == np.arange(size)) * size - 1) < 5 / shuffles**0.5
     assert abs(np.mean(orders[1:] == orders[:-1]) * size - 1) < 5 / shuffles**0.5
+
+
+@pytest.mark.parametrize(("size", "orders"), [(2, 2), (3, 6), (4, 24)])
+def test_all_orders_of_a_few_are_equally_likely(size: int, orders: int) -> None:
+    keys = np.repeat(np.arange(60_000, dtype=np.uint64), size)
+    shuffles = shuffled(np.tile(np.arange(size), 60_000), np.full(len(keys), size), keys).reshape(-1, size)
+    counts = np.unique(shuffles, axis=0, return_counts=True)[1]
+    assert len(counts) == orders
+    assert surprise(counts, 60_000 / orders, orders - 1) < 5
+
+
+def test_the_shard_of_a_sample_is_found_among_empty_ones() -> None:
+    sizes = (0, 2, 0, 0, 3, 1, 0)
+    assert TrainPlan(sizes, 0, 2, 0).shards_of(np.arange(6)).tolist() == [1, 1, 4, 4, 4, 5]
 
 
 def surprise(counts: np.ndarray, expected: np.ndarray | float, freedom: int) -> float:
