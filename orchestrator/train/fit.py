@@ -103,7 +103,9 @@ def _assemble(bundle: Bundle, rank: Rank, clock: PhaseClock, flag: StopFlag) -> 
     ema = ExponentialMovingAverage(net, config.recipe.ema_decay) if config.recipe.ema_decay else None
     module = Classifier(net, config, span)
     state = _restore(found, module, ema) if found else None
-    return job, _wire(job, module, ema, clock, flag), state
+    parts = _wire(job, module, ema, clock, flag)
+    parts.lost = found.manifest["lost"] if found else 0
+    return job, parts, state
 
 
 def _restore(found: Checkpoint, module: Classifier, ema: ExponentialMovingAverage | None) -> TrainState:
@@ -176,6 +178,8 @@ def _wire(
         checkpoints=folder / "checkpoints",
         manifest=_manifest(job),
         recorder=recorder if world.is_first else None,
+        num_samples=sets.train.num_samples,
+        lost=0,
     )
 
 

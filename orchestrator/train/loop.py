@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.data.stream import Loader
-from orchestrator.errors import UserError
+from orchestrator.errors import DataError, UserError
 from orchestrator.model.ema import ExponentialMovingAverage
 from orchestrator.model.module import Classifier
 from orchestrator.track.wandb import Tracker
@@ -52,6 +52,10 @@ class Parts:
     """What every checkpoint says besides its step and metrics."""
     recorder: Recorder | None
     """Of the first rank."""
+    num_samples: int
+    """Of the training set."""
+    lost: int
+    """Samples that this epoch lost before the checkpoint that the attempt goes on from, over all ranks."""
 
 
 class StepBorder(pl.Callback):
@@ -124,6 +128,21 @@ class StepBorder(pl.Callback):
         if skipped:
             self.parts.progress.say(f"step {step}: {skipped:.0f} unreadable images left out (data.on_bad=skip)")
         self._require_finite(loss, step)
+        self._require_budget(int(skipped), step)
+
+    def _require_budget(self, skipped: int, step: int) -> None:
+        """End the run when an epoch has lost more samples than data.bad_budget allows."""
+        parts, budget = self.parts, self.parts.module.config.data.bad_budget
+        parts.lost += skipped
+        allowed = int(budget * parts.num_samples)
+        if parts.lost > allowed:
+            raise DataError(
+                f"data.bad_budget = {budget:g}: {parts.lost} samples of this epoch could not be used by step {step}, "
+                f"at most {allowed} of {parts.num_samples} may be lost. Way out: `orchestrator shards verify` names them; "
+                "mend the shards, or raise data.bad_budget"
+            )
+        if step % parts.module.span.steps_per_epoch == 0:
+            parts.lost = 0
 
     def _require_finite(self, loss: float, step: int) -> None:
         if not isfinite(loss):
@@ -163,7 +182,8 @@ class StepBorder(pl.Callback):
         epoch = step / self.parts.module.span.steps_per_epoch
         unlogged = self._sum(self.parts.module.tally.detach().cpu().clone()).tolist()
         self._require_finite(unlogged[0], step)
-        manifest = {**self.parts.manifest, "step": step, "epoch": epoch, "metrics": metrics, "unlogged": unlogged}
+        manifest = {**self.parts.manifest, "step": step, "epoch": epoch, "metrics": metrics}
+        manifest |= {"unlogged": unlogged, "lost": self.parts.lost}
         with self.parts.clock.phase("save"):
             folder = checkpoint.save(self.parts.checkpoints, self._state(trainer), manifest)
         seconds = time.perf_counter() - began

@@ -154,6 +154,8 @@ def test_an_unreadable_image_ends_the_run_or_is_left_out_and_counted(
     blank_first_image(path)
     require_refused(cli("train", *small, *on(copied)), str(path), "member", "data.on_bad=skip")
     blank_first_image(sorted((copied / "train").glob("*.tar"))[0])
+    none = "data.bad_budget=0"
+    require_refused(cli("train", *small, *on(copied), "data.on_bad=skip", none), "data.bad_budget = 0", "at most 0 of")
     skipping = cli("train", *small, *on(copied), "data.on_bad=skip", "--json")
     assert skipping.code == 0, skipping.err
     assert skipping.json()["metrics"]["val/acc1"]["count"] == 35
