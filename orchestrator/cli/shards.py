@@ -21,6 +21,8 @@ The same source and options give the same bytes; the same command again goes on 
 
 examples:
   orchestrator shards make digits data/digits
+  orchestrator shards make imagenet-1k/data data/imagenet          # parquet files of the Hugging Face hub
+  orchestrator shards make torchvision:CIFAR10 data/cifar10 --root ~/data --download
   orchestrator shards make photos.tar.gz data/photos --max-side 512 --quality 90 --on-bad skip --workers 8"""
 INDEX_EPILOG = """examples:
   orchestrator shards index /data/imagenet/train --classes imagenet_classes.txt
@@ -93,6 +95,8 @@ def add_make_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, default=1000, help="synthetic")
     add("--classes", type=int, default=10, help="synthetic")
     add("--size", type=int, default=32, metavar="PX", help="synthetic")
+    add("--image-column", metavar="NAME", help="parquet and saved data sets (default: image, img, jpg, ...)")
+    add("--label-column", metavar="NAME", help="the same (default: label, cls, fine_label, ...)")
     add("--root", default="data", help="torchvision: where the data set lies")
     add("--download", action="store_true", help="torchvision: fetch it first")
     parser.add_argument("--dry-run", action="store_true", help="say what would be written")

@@ -211,7 +211,7 @@ def _items(tree: Tree, classes: tuple[str, ...]) -> list[Item]:
 def open_manifest(path: Path, options: SourceOptions) -> Source:
     """A CSV with the header `path,label[,split]`; paths are relative to it, labels are names or integers."""
     rows = _read_rows(path)
-    classes, labels = _number_labels(path, [row["label"].strip() for row in rows])
+    classes, labels = number_labels(path, [row["label"].strip() for row in rows])
     splits: dict[str, list[Item]] = {"train": [], "val": []}
     missing = []
     for row, label in zip(rows, labels, strict=True):
@@ -257,7 +257,7 @@ def _normalise(row: dict[str, str]) -> str | None:
     return None if row["split"] in ("train", "val") else f"split {split!r} is neither train nor val"
 
 
-def _number_labels(path: Path, labels: list[str]) -> tuple[tuple[str, ...], list[int]]:
+def number_labels(path: Path, labels: list[str]) -> tuple[tuple[str, ...], list[int]]:
     """Integers stand for themselves; otherwise classes are numbered in the order of their names."""
     if labels and all(label.isdecimal() for label in labels):
         numbers = [int(label) for label in labels]

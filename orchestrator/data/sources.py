@@ -54,6 +54,8 @@ class SourceOptions:
     size: int = 32
     root: str = "data"
     download: bool = False
+    image_column: str | None = None
+    label_column: str | None = None
     scratch: Path | None = None
     """Where a compressed archive is unpacked for random access; None only lists it."""
 
@@ -96,7 +98,7 @@ def open_source(spec: str, options: SourceOptions) -> Source:
 
 
 def _dispatch(spec: str, options: SourceOptions) -> Source:
-    from orchestrator.data import datasets, folders
+    from orchestrator.data import datasets, folders, tables
 
     path = Path(spec).expanduser()
     if spec == "digits":
@@ -107,6 +109,8 @@ def _dispatch(spec: str, options: SourceOptions) -> Source:
         return datasets.open_torchvision(spec.removeprefix(TORCHVISION), options)
     if spec in datasets.entry_point_names():
         return datasets.open_entry_point(spec, options)
+    if tables.is_table_source(path):
+        return tables.open_tables(path, options)
     if path.is_dir():
         return folders.open_folder(path, options)
     if path.is_file() and path.suffix == ".csv":
@@ -118,14 +122,14 @@ def _dispatch(spec: str, options: SourceOptions) -> Source:
 
 def _unknown(spec: str, path: Path, entry_points: Iterable[str]) -> DataError:
     if path.exists():
-        known = ", ".join((".csv", *ARCHIVES))
+        known = ", ".join((".csv", ".parquet", *ARCHIVES))
         return DataError(
             f"{spec}: neither a folder, a manifest nor an archive. Way out: a folder, or a file of {known}"
         )
     siblings = [str(path.parent / p.name) for p in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = nearest(spec, [*BUILT_IN, *entry_points, *siblings])
     return DataError(
-        f"{spec}: no such file, folder or data set; {hint} Way out: a folder with class folders, a .csv manifest, "
+        f"{spec}: no such file, folder or data set; {hint} Way out: a folder with class folders, .csv, .parquet, "
         f"an archive, {', '.join(BUILT_IN)}, {TORCHVISION}NAME or an entry point of {ENTRY_POINTS}"
     )
 
