@@ -195,6 +195,13 @@ def check_wandb_server(visit: Visit) -> Finding:
     return verdicts.judge_wandb_server(wandb_url(), outcome)
 
 
+def check_decoder(_: Visit) -> Finding:
+    from orchestrator.data.kernel import load_kernel
+
+    kernel = load_kernel()
+    return verdicts.judge_decoder(kernel if isinstance(kernel, str) else None)
+
+
 def check_git(_: Visit) -> Finding:
     return verdicts.judge_git(shutil.which("git"))
 
@@ -221,6 +228,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("port", check_port),
     ("hostname", check_hostname),
     ("git", check_git),
+    ("image decoder", check_decoder),
     ("kubernetes", check_kubernetes),
     ("wandb mode", check_wandb_mode),
     ("wandb key", check_wandb_key),

@@ -8,7 +8,6 @@ decoded whole and resized by Pillow.
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 from collections.abc import Callable
 from functools import cache
@@ -21,14 +20,14 @@ from orchestrator.data.kernel import DONE, JOB, SHORT_READ, load_kernel
 from orchestrator.data.transforms import Views, show
 from orchestrator.options import Decode, Interpolation
 
-LOG = logging.getLogger(__name__)
-
 ViewsOf = Callable[[np.ndarray, np.ndarray], Views]
 """(rows (n,), sizes (n, 2) width and height) -> what is shown of each"""
 
 
 class RegionDecoder(Protocol):
     """Decodes regions of JPEGs; works on arrays of `kernel.JOB`."""
+
+    name: str
 
     def sizes(self, jobs: np.ndarray, max_pixels: int) -> None: ...
 
@@ -37,15 +36,22 @@ class RegionDecoder(Protocol):
 
 @cache
 def region_decoder() -> RegionDecoder | None:
-    """The best that is installed: the compiled kernel, else wheels, else None; says once what is missing."""
+    """The best that is installed: the compiled kernel, else wheels, else None."""
     kernel = load_kernel()
     if not isinstance(kernel, str):
         return kernel
     from orchestrator.data.wheels import load_wheels
 
-    wheels = load_wheels()
-    LOG.info("images are decoded by %s: the compiled kernel is %s", wheels.name if wheels else "Pillow", kernel)
-    return wheels
+    return load_wheels()
+
+
+def decoder_notice(decode: Decode) -> str | None:
+    """One line for who asked for fast decoding and does not get the fastest."""
+    kernel = load_kernel()
+    if decode is Decode.exact or not isinstance(kernel, str):
+        return None
+    found = region_decoder()
+    return f"images are decoded by {found.name if found else 'Pillow'}: the compiled kernel is {kernel}"
 
 
 def jobs_in_files(descriptors: np.ndarray, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -56,6 +56,8 @@ class JpegFacts(NamedTuple):
 class Kernel:
     """The functions of the compiled library."""
 
+    name = "the compiled kernel"
+
     def __init__(self, library: ctypes.CDLL):
         self._library = library
         pointer, number = ctypes.c_void_p, ctypes.c_int

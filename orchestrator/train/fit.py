@@ -13,6 +13,7 @@ from torch import nn
 
 from orchestrator.bundle import Bundle
 from orchestrator.config import RunConfig
+from orchestrator.data.decode import decoder_notice
 from orchestrator.data.order import EvalPlan, TrainPlan
 from orchestrator.data.stream import Split, eval_loader, train_loader
 from orchestrator.data.transforms import preprocessing_of
@@ -223,6 +224,8 @@ def _manifest(job: Job) -> dict[str, Any]:
 def _train(job: Job, parts: Parts, resumed: TrainState | None) -> None:
     span, module = job.span, parts.module
     parts.ledger.write("start", step=span.first_step, world_size=span.world_size)
+    if notice := decoder_notice(job.config.data.decode):
+        parts.progress.say(notice)
     if span.first_step:
         parts.progress.say(f"resuming at step {span.first_step} of {span.total_steps}")
     border = StepBorder(parts, job.rank, resumed)
