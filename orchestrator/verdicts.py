@@ -259,8 +259,8 @@ def judge_decoder(missing: str | None) -> Finding:
         return ok("image decoder", "compiled kernel")
     return warn(
         "image decoder",
-        f"the compiled kernel is {missing}; simplejpeg and torch decode the same pixels, a fifth to a third slower, and "
-        "`shards convert` cannot run",
+        f"the compiled kernel is {missing}; simplejpeg and torch decode the same pixels, a fifth to a third slower, "
+        "and `shards convert` cannot run",
         "install a C compiler (apt-get install gcc), then `make install`",
     )
 

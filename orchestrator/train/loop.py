@@ -138,8 +138,8 @@ class StepBorder(pl.Callback):
         if parts.lost > allowed:
             raise DataError(
                 f"data.bad_budget = {budget:g}: {parts.lost} samples of this epoch could not be used by step {step}, "
-                f"at most {allowed} of {parts.num_samples} may be lost. Way out: `orchestrator shards verify` names them; "
-                "mend the shards, or raise data.bad_budget"
+                f"at most {allowed} of {parts.num_samples} may be lost. Way out: `orchestrator shards verify` names "
+                "them; mend the shards, or raise data.bad_budget"
             )
         if step % parts.module.span.steps_per_epoch == 0:
             parts.lost = 0
