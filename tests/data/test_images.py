@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
+from orchestrator.data.crop_ready import is_available
 from orchestrator.data.images import (
     SOURCE_FORMATS,
     ImageError,
@@ -194,6 +196,44 @@ def test_rules_change_what_is_stored():
         for q in (5, 100)
     )
     assert low < high
+
+
+@pytest.mark.parametrize("sampling", [0, 1, 2])
+def test_a_jpeg_that_is_encoded_anew_keeps_its_subsampling(sampling: int):
+    data = encoded(Image.fromarray(np.kron(QUARTERS, np.ones((2, 2, 1), np.uint8))), "JPEG", subsampling=sampling)
+    for rules in (replace(KEEP, quality=80), replace(KEEP, short_side=20), replace(KEEP, max_side=20, crop_ready=True)):
+        with Image.open(io.BytesIO(store_image(data, rules).data)) as image:
+            assert JpegImagePlugin.get_sampling(image) == sampling
+    assert decode(data, LIMIT, SOURCE_FORMATS).subsampling == sampling
+
+
+def test_what_was_no_jpeg_keeps_its_chroma_whole():
+    data = encoded(Image.fromarray(QUARTERS), "PNG")
+    with Image.open(io.BytesIO(store_image(data, replace(KEEP, format="jpeg")).data)) as image:
+        assert JpegImagePlugin.get_sampling(image) == 0
+
+
+@pytest.mark.skipif(not is_available(), reason="no compiled kernel here")
+def test_a_crop_ready_jpeg_shows_the_pixels_of_the_original_and_says_so():
+    noise = np.random.default_rng(0).integers(0, 255, (80, 120, 3), np.uint8)
+    for options in ({}, {"progressive": True}, {"subsampling": 0}):
+        data = encoded(Image.fromarray(noise), "JPEG", **options)
+        stored = store_image(data, replace(KEEP, crop_ready=True))
+        assert (stored.extension, stored.size, stored.conversions) == ("jpg", "120x80", {"crop_ready"})
+        assert np.array_equal(decode_image(stored.data, LIMIT)[0], decode_image(data, LIMIT)[0])
+        again = store_image(stored.data, replace(KEEP, crop_ready=True))
+        assert again.data is stored.data
+        assert again.conversions == frozenset()
+    png = encoded(Image.fromarray(noise), "PNG")
+    assert store_image(png, replace(KEEP, crop_ready=True)).data is png
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "wanted"), [(10, 40, (8, 32)), (300, 3, (300, 3)), (7, 9, (7, 9)), (80, 8, (80, 8))]
+)
+def test_shrinking_bounds_the_shorter_side_and_never_enlarges(height: int, width: int, wanted: tuple[int, int]):
+    assert shrink(np.zeros((height, width, 3), np.uint8), None, 8).shape[:2] == wanted
+    assert max(shrink(np.zeros((height, width, 3), np.uint8), 20, 8).shape[:2]) <= 20
 
 
 def test_encoded_gray_pixels_come_back_exactly():

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import io
 import json
+import os
 import struct
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections import Counter
@@ -18,6 +21,7 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
+from orchestrator.data.crop_ready import is_available
 from orchestrator.data.images import decode_image
 from orchestrator.data.index import load_index, load_members
 from orchestrator.data.plan import MakeOptions, make_keys, plan_split
@@ -28,12 +32,16 @@ from orchestrator.errors import ConfigError, DataError, UserError
 
 LIMIT = 1_000_000
 
+needs_kernel = pytest.mark.skipif(not is_available(), reason="no compiled kernel here")
+
 
 def quiet(description: str, total: int, unit: str) -> Any:
     return nullcontext(lambda n: None)
 
 
 def make(spec: str | Path, out: Path, source: SourceOptions | None = None, **options: Any) -> dict[str, Any]:
+    """Without crop-ready JPEGs unless asked, so that bytes can be told from bytes."""
+    options = {"crop_ready": False} | options
     return make_shards(str(spec), out, source or SourceOptions(), MakeOptions(**options), quiet)
 
 
@@ -76,6 +84,61 @@ def test_every_image_lands_once_with_its_label_and_its_bytes(photos: Path, tmp_p
         (9, 9, 9),
         (1, 1, 1),
     }
+
+
+@needs_kernel
+def test_by_default_jpegs_are_crop_ready_and_show_the_same_pixels(photos: Path, tmp_path: Path):
+    pixels = np.random.default_rng(0).integers(0, 255, (90, 150, 3), np.uint8)
+    for i, sampling in enumerate((0, 1, 2)):
+        Image.fromarray(pixels).save(photos / f"cat/large{i}.jpg", subsampling=sampling)
+    Image.fromarray(pixels).save(photos / "cat/other.png")
+    facts = make_shards(str(photos), tmp_path / "ready", SourceOptions(), MakeOptions(), quiet)["splits"]
+    make(photos, tmp_path / "plain")
+    written = 0
+    for split in ("train", "val"):
+        ready, plain = samples_of(tmp_path / "ready" / split), samples_of(tmp_path / "plain" / split)
+        assert ready.keys() == plain.keys()
+        for key, (label, data) in ready.items():
+            assert label == plain[key][0]
+            assert np.array_equal(decode_image(data, LIMIT)[0], decode_image(plain[key][1], LIMIT)[0])
+            written += data != plain[key][1]
+        assert list(ready) == list(plain)
+    assert sum(body["converted"].get("crop_ready", 0) for body in facts.values()) == written >= 3
+
+
+@needs_kernel
+def test_crop_ready_shards_are_the_same_at_every_packing_and_differ_from_plain_ones(photos: Path, tmp_path: Path):
+    for name in ("a", "b"):
+        make(photos, tmp_path / name, crop_ready=True)
+    a, b = ({p.name: p.read_bytes() for p in (tmp_path / n).rglob("*.*")} for n in ("a", "b"))
+    assert a == b
+    with pytest.raises(DataError, match="holds another shard set"):
+        make(photos, tmp_path / "a")
+
+
+def test_without_the_kernel_packing_keeps_jpegs_as_they_come(photos: Path, tmp_path: Path):
+    code = (
+        "import sys; from orchestrator.cli.main import main;"
+        "sys.exit(main(['shards', 'make', sys.argv[1], sys.argv[2], '--json']))"
+    )
+    environment = os.environ | {"ORCHESTRATOR_KERNEL": "off", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", code, str(photos), str(tmp_path / "out")]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    make(photos, tmp_path / "plain")
+    assert samples_of(tmp_path / "out/train") == samples_of(tmp_path / "plain/train")
+
+
+@pytest.mark.parametrize(("options", "size"), [
+    ({"short_side": 6}, "9x6"), ({"short_side": 8}, "12x8"), ({"short_side": 50}, "12x8"), ({"max_side": 6}, "6x4"),
+    ({"short_side": 6, "max_side": 6}, "6x4"), ({"short_side": 2, "max_side": 11}, "3x2"),
+])  # fmt: skip
+def test_images_shrink_to_their_shorter_or_longer_side(
+    photos: Path, tmp_path: Path, options: dict[str, int], size: str
+):
+    made = make(photos, tmp_path / "out", **options)
+    assert made["splits"]["train"]["size_histogram"] == {size: 27}
+    assert ("resized" in made["splits"]["train"]["converted"]) == (size != "12x8")
 
 
 @pytest.mark.filterwarnings(
@@ -435,7 +498,9 @@ def test_an_output_that_cannot_be_a_folder_is_refused(photos: Path, tmp_path: Pa
         make(photos, tmp_path / "file" / "out")
 
 
-@pytest.mark.parametrize(("option", "value"), [("quality", 0), ("quality", 101), ("workers", 0), ("max_side", -1)])
+@pytest.mark.parametrize(
+    ("option", "value"), [("quality", 0), ("quality", 101), ("workers", 0), ("max_side", -1), ("short_side", 0)]
+)
 def test_options_out_of_range_are_refused_by_name(option: str, value: int):
     with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')} = {value}: must be between"):
         MakeOptions(**{option: value})
