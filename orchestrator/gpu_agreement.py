@@ -132,3 +132,30 @@ def _digest_after_steps(setting: Setting, precision: str) -> str:
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def reuse_ring(setting: Setting, batches: int = 64) -> Figures:
+    """Batches that travel through the loader's pinned ring arrive whole although each slot is filled many times."""
+    import numpy as np
+    import torch
+
+    from orchestrator.data.ring import Ring
+    from orchestrator.data.stream import Filled, Transfer
+
+    rows, side = setting.batch, setting.image_size
+    ring = Ring(1, 2, rows * 3 * side * side, forked=True)
+    labels, arrived = np.zeros(rows, np.int64), []
+    began = time.perf_counter()
+    with Transfer(ring, torch.device(setting.device)) as transfer:
+        for number in range(batches):
+            transfer.wait_for_older()
+            slot = ring.next_slot()
+            ring.images(0, slot, rows, side).fill_(number % 251)
+            batch = transfer.take(Filled(0, slot, side, labels, labels, rows, 0))
+            arrived.append(batch.images.float().aminmax())
+    seconds = time.perf_counter() - began
+    wrong = [i for i, extremes in enumerate(arrived) if any(int(value) != i % 251 for value in extremes)]
+    figures: Figures = {"gib_per_s": batches * rows * 3 * side * side / seconds / 2**30, "wrong": len(wrong)}
+    if wrong:
+        raise CheckFailed(f"batches {wrong[:5]} were overwritten before they were copied", figures)
+    return figures

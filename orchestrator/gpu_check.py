@@ -90,6 +90,7 @@ CHECKS: tuple[Check, ...] = (
     Check(name="device", target=f"{BENCH}describe_device"),
     Check(name="nccl", target=f"{BENCH}reduce_alone"),
     Check(name="transfer", target=f"{BENCH}measure_transfer"),
+    Check(name="ring", target=f"{AGREEMENT}reuse_ring"),
     Check(name="amp_bf16", target=f"{AGREEMENT}compare_precision", options={"precision": "bf16"}),
     Check(name="amp_fp16", target=f"{AGREEMENT}compare_precision", options={"precision": "fp16"}),
     Check(name="channels_last", target=f"{AGREEMENT}compare_channels_last"),

@@ -107,7 +107,7 @@ def test_only_takes_the_checks_whose_name_starts_so():
 
 def test_every_line_of_the_registry_names_a_function_that_takes_its_options():
     names = [check.name for check in gpu_check.CHECKS]
-    assert len(set(names)) == len(names) == 24
+    assert len(set(names)) == len(names) == 25
     for check in gpu_check.CHECKS:
         module, _, function = check.target.partition(":")
         call = getattr(
@@ -303,3 +303,24 @@ def test_a_loss_that_is_not_finite_fails():
 def test_on_a_gpu_every_check_is_ok(tmp_path):
     out = tmp_path / "out.json"
     assert job.main(["--json", str(out)]) == 0, out.read_text()
+
+
+def test_batches_through_the_ring_arrive_whole_and_a_ring_without_spare_slots_is_found_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert gpu_agreement.reuse_ring(SMALL, batches=9)["wrong"] == 0
+    monkeypatch.setattr("orchestrator.data.ring.Ring.next_slot", lambda self: 0)
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)  # keeps the view of the slot instead of a copy
+    monkeypatch.setattr(torch.Tensor, "aminmax", LateExtremes)
+    with pytest.raises(CheckFailed, match="overwritten"):
+        gpu_agreement.reuse_ring(SMALL, batches=9)
+
+
+class LateExtremes:
+    """Extremes of a tensor as it is when they are looked at, like a copy that a GPU has yet to make."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+    def __iter__(self):
+        return iter((self.tensor.min(), self.tensor.max()))
