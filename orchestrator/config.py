@@ -17,6 +17,7 @@ from orchestrator.options import (
     Decode,
     Device,
     Interpolation,
+    Loss,
     OnBad,
     OnDamage,
     OptimizerKind,
@@ -276,6 +277,7 @@ class RecipeConfig:
     step_epochs: list[int]
     """step: epochs at which the rate is multiplied by `step_factor`."""
     step_factor: float
+    loss: Loss
     label_smoothing: float
     ema_decay: float
     """Exponential moving average of the weights, evaluated instead of them; 0 = none."""

@@ -74,6 +74,13 @@ class OptimizerKind(Enum):
     lars = "lars"
 
 
+class Loss(Enum):
+    """`bce` asks of each class alone whether it is there; a mixed-in class is where its share exceeds a fifth."""
+
+    cross_entropy = "cross_entropy"
+    bce = "bce"
+
+
 class Schedule(Enum):
     """The shape of the learning rate after the warm-up."""
 
