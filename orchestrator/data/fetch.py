@@ -1,108 +1,114 @@
-"""Shards that lie elsewhere become local files: downloaded once per machine, checked, then shared by its processes."""
+"""A shard as a file of this machine: found where it lies, or downloaded and checked."""
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import os
-import time
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import IO
 
+from orchestrator.data.cache import Cache
+from orchestrator.data.damage import Damage, DamagedShard, find_damage, known_members
 from orchestrator.data.index import Shard, require_size
-from orchestrator.data.remote import is_url, open_url
-from orchestrator.errors import DataError, NodeError, OrchestratorError, TransientError
+from orchestrator.data.remote import is_url, redact
+from orchestrator.data.sums import SUFFIX, Sum, parse_sums
+from orchestrator.data.transfer import Shorter, Transfer, read_all
+from orchestrator.errors import DataError, TransientError
 
-TRIES = 3
-PAUSE_S = 0.5
-CHUNK = 1 << 20
+WHOLE_TRIES = 2
+"""Downloads of a shard whose sha256 is another one: the second tells a faulty line from a faulty file."""
 
-
-def cache_dir() -> Path:
-    """Where downloads stay: `$ORCHESTRATOR_CACHE`, else the user's cache folder."""
-    root = os.environ.get("ORCHESTRATOR_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "orchestrator") / "shards"
+Counted = Callable[[int, int], None]
+"""(bytes, retries) of a download that ended."""
 
 
-def local_path(shard: Shard) -> Path:
+def local_path(shard: Shard, cache_gib: float = 0.0) -> Path:
     """The shard as a file of this machine, downloaded if need be; many processes may ask at once.
 
-    Raises DataError where a local shard is missing or of another size, TransientError where a download fails.
+    A local one is judged by its length only. Raises DataError where it is missing or longer, DamagedShard where it is
+    shorter or other bytes are served, TransientError where a download fails, NodeError where the disk is full.
     """
     if is_url(shard.location):
-        return _cached(shard)
+        cache = Cache(cache_gib)
+        download(shard, cache, lambda size, retries: None)
+        return cache.path(shard)
     path = Path(shard.location)
+    require_present(path, shard)
+    return path
+
+
+def require_present(path: Path, shard: Shard) -> None:
+    """Raise DataError where a local shard is missing or longer than in the index, DamagedShard where it is shorter."""
     if not path.is_file():
         raise DataError(
             f"{path}: this shard of the index does not exist. "
             f"Way out: copy it there, or `orchestrator shards index {path.parent}`"
         )
+    if path.stat().st_size < shard.filesize:
+        raise DamagedShard(shard, find_damage(path, shard, known_members(path)))
     require_size(path, shard)
-    return path
 
 
-def _cached(shard: Shard) -> Path:
-    name = shard.sha256 or hashlib.sha256(shard.location.encode()).hexdigest()
-    target = cache_dir() / f"{name}.tar"
-    if not (target.is_file() and target.stat().st_size == shard.filesize):
-        _download_with_retries(shard, target)
-    return target
+def download(shard: Shard, cache: Cache, count: Counted, stop: Event | None = None) -> bool:
+    """Have a remote shard in the cache; whether this process fetched it. Raises as `local_path` does."""
+
+    def fill(file: IO[bytes]) -> None:
+        _fetch(shard, file, count, stop or Event())
+
+    return cache.obtain(shard, fill)
 
 
-def _download_with_retries(shard: Shard, target: Path) -> None:
-    for attempt in range(1, TRIES + 1):
+def _fetch(shard: Shard, file: IO[bytes], count: Counted, stop: Event) -> None:
+    """Fill the file with the shard's bytes, checked by length and sha256."""
+    for last in range(WHOLE_TRIES):
+        file.seek(0)
+        transfer = Transfer(shard.location, file, shard.filesize, stop)
         try:
-            _download(shard, target)
+            digest = transfer.run()
+        except Shorter as error:
+            raise _of_other_length(shard, file, int(error.args[0])) from None
+        finally:
+            count(transfer.got, transfer.retries + bool(last))
+        if not shard.sha256 or digest == shard.sha256:
             return
-        except TransientError:
-            if attempt == TRIES:
-                raise
-            time.sleep(PAUSE_S * 2**attempt)
+    file.flush()
+    raise DamagedShard(shard, find_damage(Path(file.name), shard, served_members(shard)))
 
 
-def _download(shard: Shard, target: Path) -> None:
-    """Fill a temporary file beside the target and rename it: a reader sees a whole shard or none."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            size, digest = _copy(shard.location, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _require_whole(shard, size, digest)
-        temporary.replace(target)
-    except OSError as error:
-        raise _explain(error, shard.location, target.parent) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+def _of_other_length(shard: Shard, file: IO[bytes], served: int) -> DataError:
+    if served < shard.filesize:
+        file.flush()
+        file.truncate(served)
+        return DamagedShard(shard, find_damage(Path(file.name), shard, served_members(shard)))
+    return DataError(
+        f"index stale: {redact(shard.location)}: {served:,} bytes came, the index says {shard.filesize:,}. "
+        "Way out: `orchestrator shards index` over what is served now"
+    )
 
 
-def _copy(url: str, file: IO[bytes]) -> tuple[int, str]:
-    digest, size = hashlib.sha256(), 0
-    with open_url(url) as stream:
-        while chunk := stream.read(CHUNK):
-            file.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
-    return size, digest.hexdigest()
+def served_members(shard: Shard) -> list[Sum]:
+    """What lies beside a remote shard about its members: its sums, else its `.idx`, else nothing."""
+    stem = shard.location.removesuffix(".tar")
+    if stem == shard.location:  # an address with a query, or another name
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        for suffix in (SUFFIX, ".idx"):
+            try:
+                content = read_all(stem + suffix)
+            except (DataError, TransientError):
+                continue
+            if suffix == SUFFIX and parse_sums(content) is None:
+                continue
+            path = Path(folder) / f"shard{suffix}"
+            path.write_bytes(content)
+            return known_members(path)
+    return []
 
 
-def _explain(error: OSError, url: str, folder: Path) -> OrchestratorError:
-    if error.errno is None:
-        return TransientError(f"{url}: download failed ({error}). Way out: check the address and the network")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NodeError(f"{folder}: disk full while downloading {url}. Way out: free space or set ORCHESTRATOR_CACHE")
-    return DataError(f"{folder}: cannot keep {url} ({error}). Way out: set ORCHESTRATOR_CACHE to a writable folder")
+def damage_of(path: Path, shard: Shard) -> DamagedShard:
+    """The error for a local shard whose sha256 is another one."""
+    return DamagedShard(shard, find_damage(path, shard, known_members(path)))
 
 
-def _require_whole(shard: Shard, size: int, digest: str) -> None:
-    if size != shard.filesize:
-        raise TransientError(
-            f"{shard.location}: {size:,} bytes came, the index says {shard.filesize:,}. "
-            "Way out: try again; if it stays, `orchestrator shards index` over what is served now"
-        )
-    if shard.sha256 and digest != shard.sha256:
-        raise DataError(
-            f"{shard.location}: sha256 {digest}, the index says {shard.sha256}. "
-            "Way out: put the shard there again, or `orchestrator shards index` over what is served now"
-        )
+__all__ = ["Damage", "DamagedShard", "damage_of", "download", "local_path", "require_present"]

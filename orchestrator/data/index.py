@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin
 
 import numpy as np
 
@@ -23,8 +22,9 @@ from orchestrator.data.members import (
     read_idx,
     scan_members,
 )
-from orchestrator.data.remote import is_url, open_url
-from orchestrator.errors import DataError, TransientError
+from orchestrator.data.remote import beside, is_url
+from orchestrator.data.transfer import read_all
+from orchestrator.errors import DataError
 
 INDEX_NAME = "shards.json"
 SCHEMA = 1
@@ -132,7 +132,7 @@ def _index_location(location: str, pattern: list[str] | None) -> str:
 
 
 def _parse(index_at: str) -> dict[str, Any]:
-    text = _read_url(index_at) if is_url(index_at) else _read_file(Path(index_at))
+    text = read_all(index_at) if is_url(index_at) else _read_file(Path(index_at))
     try:
         body = json.loads(text)
     except ValueError as error:
@@ -161,14 +161,6 @@ def _read_file(path: Path) -> bytes:
         ) from error
 
 
-def _read_url(url: str) -> bytes:
-    try:
-        with open_url(url) as stream:
-            return stream.read()
-    except OSError as error:
-        raise TransientError(f"{url}: cannot be read ({error}). Way out: check that the address serves it") from error
-
-
 def _build(index_at: str, body: dict[str, Any]) -> ShardIndex:
     shards = tuple(_shard(index_at, entry) for entry in body["shardlist"])
     classes = tuple(str(name) for name in body["classes"])
@@ -182,7 +174,7 @@ def _shard(index_at: str, entry: dict[str, Any]) -> Shard:
     url = str(entry["url"])
     if not is_url(url):
         folder = os.path.dirname(index_at)
-        url = urljoin(index_at, url) if is_url(index_at) else os.path.normpath(os.path.join(folder, url))
+        url = beside(index_at, url) if is_url(index_at) else os.path.normpath(os.path.join(folder, url))
     label = str(entry.get("label", "cls"))
     return Shard(url, int(entry["nsamples"]), int(entry["filesize"]), str(entry["sha256"]), label)
 

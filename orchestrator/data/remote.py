@@ -1,28 +1,114 @@
-"""Addresses that are not local paths, and the one way they are opened."""
+"""Addresses that are not local paths: which are read, and how one is opened at a byte of one's choice."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, closing
-from typing import IO, cast
+import os
+import re
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import IO, Any, cast
+from urllib.parse import urljoin
 
 from orchestrator.errors import DataError
 
-SCHEMES = ("http", "https", "s3", "gs")
+WEB = ("http", "https")
+STORES = ("s3", "gs", "az")
+SCHEMES = (*WEB, *STORES)
+ALLOW_PIPE = "ORCHESTRATOR_ALLOW_PIPE"
+
+_USER = re.compile(r"(?<=://)[^/@\s'\"]+@")
+_QUERY = re.compile(r"(?<=[^\s'\"])\?[^\s'\")]+")
+_CHUNK = 1 << 20
+
+
+class Refused(OSError):
+    """A server answered with an error, or the connection failed (then `status` is None)."""
+
+    def __init__(self, text: str, status: int | None = None, retry_after: float | None = None):
+        super().__init__(text)
+        self.status, self.retry_after = status, retry_after
+        self.served: int | None = None
+        """Length of what is served, where the answer (416) tells it."""
+
+
+@dataclass
+class Reply:
+    """Bytes of a remote file as they come."""
+
+    body: IO[bytes]
+    start: int = 0
+    """The byte of the file at which `body` begins: 0 where a server ignores ranges."""
+    total: int | None = None
+    """Length of the whole file, in bytes, where the server tells it."""
+    version: str | None = None
+    """What changes with the content: an ETag."""
+
+    def read(self) -> bytes:
+        """What has arrived, at least one byte; empty at the end. Raises OSError."""
+        return self.body.read1(_CHUNK) if hasattr(self.body, "read1") else self.body.read(_CHUNK)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def close(self) -> None:
+        with suppress(Exception):  # an opener's own complaint about an early end
+            self.body.close()
 
 
 def is_url(location: str) -> bool:
     return "://" in location or location.startswith("pipe:")
 
 
-def open_url(url: str) -> AbstractContextManager[IO[bytes]]:
-    """The bytes of a URL by WebDataset's openers; network failures are OSErrors without an errno.
+def redact(text: str) -> str:
+    """A text without the user names, passwords and signatures of the addresses in it."""
+    return _QUERY.sub("?...", _USER.sub("...@", text))
 
-    Raises DataError for `pipe:` and unknown schemes: an index must not run commands.
+
+def beside(base: str, name: str) -> str:
+    """The address of a file beside another one; urljoin knows the web's schemes only."""
+    if base.split(":", 1)[0].lower() in WEB:
+        return urljoin(base, name)
+    return f"{base.rsplit('/', 1)[0]}/{name}"
+
+
+def open_at(url: str, offset: int, version: str | None, stall_s: float) -> Reply:
+    """The bytes of `url` from `offset` on, or from its start where ranges are not served.
+
+    `version` is that of an earlier reply: other content is sent from its start. After `stall_s` seconds without a byte
+    the connection counts as broken. Raises Refused, DataError for addresses that are not read.
     """
     scheme = url.split(":", 1)[0].lower()
-    if scheme not in SCHEMES:
-        known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
-        raise DataError(f"{url}: {scheme}: is not read. Way out: {known} or a local path")
-    from webdataset.gopen import gopen
+    opener = _registered(scheme)
+    if opener:
+        return Reply(cast("IO[bytes]", opener(url, "rb")))
+    if scheme in WEB:
+        from orchestrator.data.web import open_web
 
-    return closing(cast("IO[bytes]", gopen(url, "rb")))
+        return open_web(url, offset, version, stall_s)
+    if scheme in STORES:
+        from orchestrator.data.objects import open_object
+
+        return open_object(url, offset, version, stall_s)
+    if scheme == "pipe" and os.environ.get(ALLOW_PIPE) == "1":
+        from webdataset.gopen import gopen
+
+        return Reply(cast("IO[bytes]", gopen(url, "rb")))
+    raise _unread(url, scheme)
+
+
+def _registered(scheme: str) -> Any:
+    """An opener that the user put into `webdataset.gopen_schemes`; those it comes with run shell commands."""
+    gopen = sys.modules.get("webdataset.gopen")
+    opener = gopen.gopen_schemes.get(scheme) if gopen else None
+    return opener if opener and opener.__module__ != "webdataset.gopen" else None
+
+
+def _unread(url: str, scheme: str) -> DataError:
+    known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+    if scheme == "pipe":
+        return DataError(
+            f"{redact(url)}: pipe: is not read, since an address would run a command. Way out: {known} or a local "
+            f"path; or {ALLOW_PIPE}=1 in the environment, if you trust every command in the index"
+        )
+    return DataError(
+        f"{redact(url)}: {scheme}: is not read. Way out: {known}, a local path, or an opener of yours in "
+        "webdataset.gopen_schemes"
+    )

@@ -21,7 +21,7 @@ from orchestrator.data.fetch import local_path
 from orchestrator.data.index import Shard, load_index, load_members
 from orchestrator.data.indexing import index_tars
 from orchestrator.data.members import group_samples, read_idx, scan_members, split_name, write_idx
-from orchestrator.errors import DataError, TransientError
+from orchestrator.errors import DataError
 
 Files = list[tuple[str, bytes]]
 PLAIN: Files = [("a.cls", b"1"), ("a.jpg", b"AAAA"), ("b.cls", b"0\n"), ("b.png", b"B" * 700)]
@@ -267,13 +267,13 @@ def test_a_download_of_other_bytes_is_refused_and_leaves_nothing(
     served: str, two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("orchestrator.data.fetch.PAUSE_S", 0.01)
+    monkeypatch.setattr("orchestrator.data.transfer.PAUSE_S", 0.01)
     (first, second) = load_index(served).shards
     with pytest.raises(DataError, match="sha256"):
         local_path(Shard(first.location, first.nsamples, first.filesize, "0" * 64))
-    with pytest.raises(TransientError, match=f"{second.filesize:,} bytes came"):
+    with pytest.raises(DataError, match=f"{second.filesize:,} bytes came"):
         local_path(Shard(second.location, 1, 5, second.sha256))
-    with pytest.raises(TransientError, match="download failed"):
+    with pytest.raises(DataError, match="download failed"):
         local_path(Shard(f"{served}/absent.tar", 1, 5, "1" * 64))
     assert os.listdir(tmp_path / "cache" / "shards") == []
 
