@@ -13,22 +13,16 @@ and a rank computes its own slice only.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
 
 from orchestrator.data.bijection import shuffled
 from orchestrator.errors import ConfigError
+from orchestrator.keyed import keyed_rng
 
 DRAWS_AT_ONCE = 1 << 16
 """Of a long range of steps; it bounds the memory of what stands between."""
-
-
-def keyed_rng(*key: int | str) -> np.random.Generator:
-    """A counter-based generator for a purpose: equal keys give equal numbers in every process."""
-    digest = blake2b("\0".join(f"{type(part).__name__}:{part}" for part in key).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
 def cut(count: int, parts: int, part: int) -> slice:
