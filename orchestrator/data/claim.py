@@ -89,7 +89,7 @@ def read_or_none(path: Path) -> dict[str, Any] | None:
 
 def clear(folder: Path) -> None:
     """Remove what an unfinished writer wrote."""
-    for pattern in ("*.tar", "*.idx", ".*.tmp"):
+    for pattern in ("*.tar", "*.idx", "*.crc", ".*.tmp"):
         for path in folder.glob(pattern):
             path.unlink()
     shutil.rmtree(folder / PARTS, ignore_errors=True)

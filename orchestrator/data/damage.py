@@ -62,15 +62,14 @@ def find_damage(path: Path, shard: Shard, known: Sequence[Sum]) -> Damage:
     with path.open("rb") as file:
         fd, size = file.fileno(), os.fstat(file.fileno()).st_size
         if size == 0:
-            return Damage(f"the file is empty, the index says {shard.filesize:,} bytes", _expected(known, 0), 0)
+            return Damage(f"empty (0 bytes, the index says {shard.filesize:,})", _expected(known, 0), 0)
         entries, end = _walk(path)
-        return (
-            _cut(entries, end, size, known)
-            or _broken(fd, end, size, known)
-            or _short(end, size, shard)
-            or _changed(fd, known)
-            or _elsewhere(path, known)
-        )
+        fault = _cut(entries, end, size, known) or _broken(fd, end, size, known)
+        if size != shard.filesize:
+            numbers = f"{size:,} bytes, the index says {shard.filesize:,}"
+            fault = fault or Damage("cut short after the last member", None, size)
+            return fault._replace(what=f"{fault.what} ({numbers})")
+        return fault or _changed(fd, known) or _elsewhere(path, known)
 
 
 def _walk(path: Path) -> tuple[list[tarfile.TarInfo], int]:
@@ -124,13 +123,6 @@ def _any_after(fd: int, at: int, size: int) -> bool:
             return True
         at += len(chunk) or size
     return False
-
-
-def _short(end: int, size: int, shard: Shard) -> Damage | None:
-    if size == shard.filesize:
-        return None
-    whole = f"{size:,} bytes, the index says {shard.filesize:,}"
-    return Damage(f"{whole}, the tar in it ends well", None, end)
 
 
 def _changed(fd: int, known: Sequence[Sum]) -> Damage | None:

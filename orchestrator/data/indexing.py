@@ -20,6 +20,7 @@ from orchestrator.data.members import group_samples, list_first, scan_members, w
 from orchestrator.data.pack import ShardFacts
 from orchestrator.data.remote import is_url
 from orchestrator.data.shardset import index_body, write_index
+from orchestrator.data.sums import write_sums
 from orchestrator.errors import DataError
 from orchestrator.files import disk_errors, hash_file
 
@@ -65,7 +66,7 @@ def _expand(location: str) -> list[Path]:
 def index_tars(
     location: str, label: str, classes_file: str | None, advance: Callable[[int], None]
 ) -> tuple[Path, dict[str, Any]]:
-    """Write `.idx` beside each tar and `shards.json` beside them all; returns its folder and content.
+    """Write `.idx` and sums beside each tar and `shards.json` beside them all; returns its folder and content.
 
     `label` is the extension of the members that hold the class number. Class names come from the file, else from an
     older index that has enough of them, else they are the numbers. Raises DataError.
@@ -112,6 +113,7 @@ def describe_tar(tar: Path, label: str) -> ShardFacts:
         idx.unlink(missing_ok=True)
         if not any(" " in member.name for sample in samples for member in sample):
             write_idx(idx, samples)
+        write_sums(tar)
     members = read_members(tar, label)
     counts = Counter(str(number) for number in members.label.tolist())
     return ShardFacts(

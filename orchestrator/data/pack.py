@@ -27,6 +27,7 @@ from orchestrator.data.images import (
 )
 from orchestrator.data.members import group_samples, scan_members, write_idx
 from orchestrator.data.sources import Item, Read
+from orchestrator.data.sums import write_sums
 from orchestrator.files import replacing, write_json
 
 QUALITY = 95
@@ -129,7 +130,7 @@ def _conversions(kind: str, notes: frozenset[str], resized: bool) -> frozenset[s
 
 
 def pack_shard(task: ShardTask, tick: Callable[[], None], stopped: Callable[[], bool]) -> ShardFacts:
-    """Write tar, `.idx` and facts of one shard; bad images are left out and named.
+    """Write tar, `.idx`, sums and facts of one shard; bad images are left out and named.
 
     Raises Stopped, OSError of the disk.
     """
@@ -144,6 +145,7 @@ def pack_shard(task: ShardTask, tick: Callable[[], None], stopped: Callable[[], 
                 _count(facts, label, stored)
         facts.filesize, facts.sha256 = hashing.size, hashing.digest.hexdigest()
     write_idx(path.with_suffix(".idx"), list(group_samples(scan_members(path))))
+    write_sums(path)
     write_json(facts_path(path), asdict(facts))
     return facts
 

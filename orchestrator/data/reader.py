@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import OrderedDict
 from typing import NamedTuple
 
 import numpy as np
 
-from orchestrator.data.fetch import local_path
+from orchestrator.data.damage import DamagedShard
 from orchestrator.data.index import Members, ShardIndex, load_members
-from orchestrator.errors import DataError
+from orchestrator.data.remote import is_url, redact
+from orchestrator.data.store import OPEN_TRIES, Counts, ShardStore
+from orchestrator.errors import DataError, TransientError
+from orchestrator.options import OnDamage
 
 OPEN_SHARDS = 64
+"""At least so many stay open; a rank that reads from more at a time says so."""
+
+LOG = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
@@ -26,38 +33,70 @@ class Sample(NamedTuple):
 
 
 class Located(NamedTuple):
-    """Where the images of some samples are; the descriptors stay open until the next call."""
+    """Where the images of some samples are; the descriptors stay open until the next call.
+
+    Samples of quarantined shards have descriptor -1, size 0 and label 0.
+    """
 
     descriptors: np.ndarray  # (n,) int64
     offsets: np.ndarray  # (n,) int64 bytes from the start of the tar
     sizes: np.ndarray  # (n,) int64 bytes
     labels: np.ndarray  # (n,) int64
+    lost: np.ndarray  # (n,) bool: in a quarantined shard
 
 
 class ShardReader:
     """Keeps the most recently used shards of a set open; one per process."""
 
-    def __init__(self, index: ShardIndex):
-        self._index = index
+    def __init__(
+        self,
+        index: ShardIndex,
+        cache_gib: float = 0.0,
+        on_damage: OnDamage = OnDamage.fail,
+        open_shards: int = OPEN_SHARDS,
+    ):
+        self._index, self._store, self._on_damage = index, ShardStore(cache_gib), on_damage
+        self._open_shards = max(open_shards, OPEN_SHARDS)
+        self._is_remote = any(is_url(shard.location) for shard in index.shards)
         self._starts = np.cumsum([0, *(shard.nsamples for shard in index.shards)])
         self._open: OrderedDict[int, tuple[int, Members]] = OrderedDict()
         self._needed: set[int] = set()
+        self._quarantined: set[int] = set()
 
     def locate(self, ids: np.ndarray) -> Located:
-        """Where the samples with these numbers lie. Raises DataError where a shard is not what the index says."""
+        """Where the samples with these numbers lie; those of damaged shards are marked under quarantine.
+
+        Raises DamagedShard and what else `ShardStore.path` raises, DataError where a shard is not what the index says.
+        """
         shards = self._shards_of(ids)
         rows = ids - self._starts[shards]
-        found = np.empty((4, len(ids)), np.int64)
+        found, lost = np.zeros((4, len(ids)), np.int64), np.zeros(len(ids), bool)
+        found[0] = -1
         self._needed = set(np.unique(shards).tolist())
         for number in self._needed & self._open.keys():
             self._open.move_to_end(number)
         for number in sorted(self._needed):
-            descriptor, members = self._shard(number)
             mine = shards == number
+            if not self._usable(number):
+                lost |= mine
+                continue
+            descriptor, members = self._shard(number)
             row = rows[mine]
             found[0, mine] = descriptor
             found[1:, mine] = members.image_offset[row], members.image_size[row], members.label[row]
-        return Located(*found)
+        if lost.any():
+            self._store.add(Counts(quarantined_samples=int(lost.sum())))
+        return Located(*found, lost)
+
+    def ahead(self, ids: np.ndarray) -> None:
+        """Begin to fetch what these samples need."""
+        if self._is_remote:
+            coming = [n for n in np.unique(self._shards_of(ids)).tolist() if n not in self._open]
+            self._store.ahead(self._index.shards[n] for n in coming if n not in self._quarantined)
+
+    def take_counts(self) -> Counts:
+        """What reading cost since the last call."""
+        return self._store.take_counts()
 
     def read(self, id: int) -> Sample:
         """The sample with this number. Raises DataError where its bytes are not all there."""
@@ -75,12 +114,13 @@ class ShardReader:
         """Shard, member and offset of a sample, for messages."""
         number, members, row = self._row(id)
         member = f"{members.keys[row]}.{members.extension[row]}"
-        return f"{self._index.shards[number].location}, member {member}, offset {members.image_offset[row]}"
+        return f"{redact(self._index.shards[number].location)}, member {member}, offset {members.image_offset[row]}"
 
     def close(self) -> None:
         for descriptor, _ in self._open.values():
             os.close(descriptor)
         self._open.clear()
+        self._store.close()
 
     def _shards_of(self, ids: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._starts, ids, side="right") - 1
@@ -89,14 +129,39 @@ class ShardReader:
         number = int(self._shards_of(np.array([id]))[0])
         return number, self._shard(number)[1], id - int(self._starts[number])
 
+    def _usable(self, number: int) -> bool:
+        """Whether the shard can be opened; False, once and for all, where it is damaged and quarantined."""
+        if number in self._quarantined:
+            return False
+        try:
+            self._shard(number)
+        except DamagedShard as error:
+            if self._on_damage is OnDamage.fail:
+                raise
+            self._quarantined.add(number)
+            self._store.add(Counts(quarantined_shards=1))
+            LOG.warning("left out: %s", error)
+            return False
+        return True
+
     def _shard(self, number: int) -> tuple[int, Members]:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        while len(self._open) >= OPEN_SHARDS and next(iter(self._open)) not in self._needed:
+        while len(self._open) >= self._open_shards and next(iter(self._open)) not in self._needed:
             os.close(self._open.popitem(last=False)[1][0])
-        shard = self._index.shards[number]
-        path = local_path(shard)
-        entry = os.open(path, os.O_RDONLY), load_members(path, shard)
+        entry = self._opened(number)
         self._open[number] = entry
         return entry
+
+    def _opened(self, number: int) -> tuple[int, Members]:
+        shard = self._index.shards[number]
+        for _ in range(OPEN_TRIES):
+            path, descriptor = self._store.open(shard)
+            try:
+                return descriptor, load_members(path, shard)
+            except BaseException as error:
+                os.close(descriptor)
+                if not isinstance(error, FileNotFoundError):  # the file was evicted: its members are read by name
+                    raise
+        raise TransientError(f"{redact(shard.location)}: evicted while it was opened. Way out: raise data.cache_gib")

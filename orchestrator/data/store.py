@@ -69,15 +69,13 @@ class ShardStore:
             coming.result()  # its error, if it had one; the file may have been evicted since
         return self._ready(shard)
 
-    def open(self, shard: Shard) -> int:
-        """A descriptor of the checked shard, readable until it is closed whatever becomes of the file."""
-        if not is_url(shard.location):
-            return os.open(self.path(shard), os.O_RDONLY)
+    def open(self, shard: Shard) -> tuple[Path, int]:
+        """The checked shard, and a descriptor of it that stays readable whatever becomes of the file."""
         for _ in range(OPEN_TRIES):
-            self.path(shard)
-            fd = self._cache.open(shard)
+            path = self.path(shard)
+            fd = self._cache.open(shard) if is_url(shard.location) else os.open(path, os.O_RDONLY)
             if fd is not None:
-                return fd
+                return path, fd
         raise TransientError(
             f"{redact(shard.location)}: evicted {OPEN_TRIES} times before it could be opened. "
             "Way out: raise data.cache_gib; it should hold a few shards for each loader process"

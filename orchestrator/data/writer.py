@@ -127,7 +127,8 @@ def _finish(source: Source, folder: Path, plan: SplitPlan, facts: list[ShardFact
     for shard in facts:
         if not shard.nsamples:
             (folder / shard.file).unlink()
-            (folder / shard.file).with_suffix(".idx").unlink()
+            for suffix in (".idx", ".crc"):
+                (folder / shard.file).with_suffix(suffix).unlink(missing_ok=True)
     body = index_body(f"{source.name}-{plan.split}", source.classes, facts)
     if not body["shardlist"]:
         clear(folder)

@@ -165,7 +165,7 @@ def test_the_new_set_is_whole_and_reads_like_the_old_one(odd: Path, tmp_path: Pa
     }  # fmt: skip
     assert len(faults) == 8
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "shards.json", "x-0.idx", "x-0.tar", "x-1.idx", "x-1.tar"
+        "shards.json", "x-0.crc", "x-0.idx", "x-0.tar", "x-1.crc", "x-1.idx", "x-1.tar"
     ]  # fmt: skip
 
 
@@ -267,6 +267,34 @@ def test_a_damaged_tar_is_named_and_leaves_no_index(tmp_path: Path, indexed: boo
             convert(folder, tmp_path / "out", workers=workers)
         assert not (tmp_path / "out/shards.json").exists()
         assert list((tmp_path / "out").glob(".*.tmp")) == []
+
+
+@needs_kernel
+@pytest.mark.parametrize("lost", ["nothing", "tar", "half of the tar", "idx", "facts"])
+def test_after_a_failure_whole_shards_are_kept_and_others_written_again(tmp_path: Path, lost: str) -> None:
+    folder, out = small_set(tmp_path / "in", 3, 3), tmp_path / "out"
+    index_tars(str(folder), "cls", None, lambda n: None)
+    convert(folder, tmp_path / "wanted")
+    whole = (folder / "x-002.tar").read_bytes()
+    (folder / "x-002.tar").write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    with pytest.raises(DataError, match=r"x-002\.tar: sha256 is"):
+        convert(folder, out, workers=1)
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("x-*.tar")}
+    assert len(kept) == 2
+    match lost:
+        case "tar":
+            (out / "x-000.tar").unlink()
+        case "half of the tar":
+            os.truncate(out / "x-000.tar", 5000)
+        case "idx":
+            (out / "x-000.idx").unlink()
+        case "facts":
+            (out / ".parts/x-000.json").unlink()
+    (folder / "x-002.tar").write_bytes(whole)
+    convert(folder, out, workers=1)
+    assert tree(out) == tree(tmp_path / "wanted")
+    for path, written in kept.items():
+        assert (path.stat().st_mtime_ns == written) == (path.name == "x-001.tar" or lost == "nothing")
 
 
 def test_without_the_kernel_it_says_what_to_do_and_writes_nothing(tmp_path: Path) -> None:
