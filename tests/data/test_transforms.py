@@ -191,11 +191,16 @@ def test_a_padded_crop_reaches_every_offset_equally_and_fills_with_black(config:
     assert 20 < min(met.values()) <= max(met.values()) < 120
 
 
-def test_flip_and_shift_are_drawn_apart_from_each_other_and_from_the_box() -> None:
-    numbers = numbers_of(4000)
-    last = numbers[:, CROP_TRIES, :3].T
-    drawn = np.concatenate([last, numbers[:, 0].T])
-    assert np.abs(np.corrcoef(drawn) - np.eye(7)).max() < 0.06
+def test_flip_and_both_shifts_are_drawn_apart(config: DataConfig) -> None:
+    config, image = replace(config, crop=Crop.pad, padding=1, flip=0.5), coordinates(16, 16) + 1
+    cuts = {}
+    for flip in (False, True):
+        mirrored = image[:, ::-1] if flip else image
+        padded = np.pad(mirrored.transpose(2, 0, 1), ((0, 0), (1, 1), (1, 1)))
+        cuts |= {padded[:, y : y + 16, x : x + 16].tobytes(): (flip, x, y) for x in range(3) for y in range(3)}
+    met = collections.Counter(cuts[row.tobytes()] for row in train_pixels(image, config, 1800))
+    assert len(met) == 18
+    assert 60 < min(met.values()) <= max(met.values()) < 145
 
 
 def boxes(config: DataConfig, width: int, height: int, count: int) -> np.ndarray:
