@@ -53,7 +53,7 @@ class ShardReader:
         index: ShardIndex,
         cache_gib: float = 0.0,
         on_damage: OnDamage = OnDamage.fail,
-        open_shards: int = OPEN_SHARDS,
+        open_shards: int = 0,
     ):
         self._index, self._store, self._on_damage = index, ShardStore(cache_gib), on_damage
         self._open_shards = max(open_shards, OPEN_SHARDS)
@@ -86,7 +86,7 @@ class ShardReader:
             found[1:, mine] = members.image_offset[row], members.image_size[row], members.label[row]
         if lost.any():
             self._store.add(Counts(quarantined_samples=int(lost.sum())))
-        return Located(*found, lost)
+        return Located(found[0], found[1], found[2], found[3], lost)
 
     def ahead(self, ids: np.ndarray) -> None:
         """Begin to fetch what these samples need."""

@@ -28,10 +28,14 @@ from orchestrator.data.index import ShardIndex
 from orchestrator.data.order import EvalPlan, TrainPlan, cut
 from orchestrator.data.reader import ShardReader
 from orchestrator.data.ring import Ring
+from orchestrator.data.store import Counts
 from orchestrator.data.transforms import BLOCKS, Views, eval_views, preprocessing_of, shift, train_size, train_views
 from orchestrator.errors import DataError, OrchestratorError
 from orchestrator.options import Crop, OnBad
 
+MOST_OPEN = 512
+"""Shards that a loader process keeps open at most; half of the descriptors that a process usually may have."""
+REQUESTS_AHEAD = 2
 PAD = -1
 """Sample number of a row that only fills a batch up; it carries no weight."""
 
@@ -45,7 +49,7 @@ class Batch(NamedTuple):
     step_size: int
     """Training: samples of the whole step over all ranks. Evaluation: of this batch."""
     skipped: int
-    """Unreadable samples that `data.on_bad=skip` left out of this batch."""
+    """Samples that `data.on_bad=skip` and `data.on_damage=quarantine` left out of this batch."""
 
 
 class Request(NamedTuple):
@@ -71,6 +75,7 @@ class Filled(NamedTuple):
     ids: np.ndarray
     step_size: int
     skipped: int
+    counts: Counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +156,8 @@ class Work:
     """Of the largest batch."""
     size: int
     """Of the largest image, in pixels."""
+    open_shards: int
+    """That are read from at a time."""
 
 
 class Filler:
@@ -168,7 +175,7 @@ class Filler:
         images = self._ring.images(self._worker, slot, request.rows, request.size).numpy()
         found = self._reader.locate(request.ids)
         self._require_labels(found.labels, request)
-        jobs = jobs_in_files(found.descriptors, found.offsets, found.sizes)
+        jobs = jobs_in_files(found.descriptors, found.offsets, found.sizes)[~found.lost]
         faults = self._decoder.fill(jobs, self._finish.views_of(request), images[:count])
         self._finish.finish(images[:count], request)
         labels, ids = np.zeros(request.rows, np.int64), np.full(request.rows, PAD, np.int64)
@@ -176,9 +183,12 @@ class Filler:
         images[count:] = 0
         if faults:
             self._require_skipping(faults, request)
-            rows = _leave_out(faults, images, labels, ids, count)
+        missing = faults.keys() | set(np.flatnonzero(found.lost).tolist())
+        if missing:
+            rows = _leave_out(missing, images, labels, ids, count)
             labels, ids = labels[:rows], ids[:rows]
-        return Filled(self._worker, slot, request.size, labels, ids, request.step_size, len(faults))
+        counts = self._reader.take_counts()
+        return Filled(self._worker, slot, request.size, labels, ids, request.step_size, len(missing), counts)
 
     def _require_labels(self, labels: np.ndarray, request: Request) -> None:
         wrong = np.flatnonzero(labels >= self._split.num_classes)
@@ -200,21 +210,37 @@ class Filler:
         )
 
 
-def _leave_out(faults: dict[int, str], images: np.ndarray, labels: np.ndarray, ids: np.ndarray, count: int) -> int:
+def _leave_out(missing: set[int], images: np.ndarray, labels: np.ndarray, ids: np.ndarray, count: int) -> int:
     """Move the good rows together; returns how many rows the batch has: all of them where none is good or some pad."""
-    good = np.array([row for row in range(count) if row not in faults], int)
+    good = np.array([row for row in range(count) if row not in missing], int)
     for array, rest in ((images, 0), (labels, 0), (ids, PAD)):
         array[: len(good)] = array[good]
         array[len(good) :] = rest
     return len(good) if len(good) and count == len(ids) else len(ids)
 
 
+def open_reader(work: Work) -> ShardReader:
+    config = work.split.config
+    return ShardReader(work.split.index, config.cache_gib, config.on_damage, work.open_shards)
+
+
+def _look_ahead(requests: Iterable[Request], reader: ShardReader) -> Iterator[Request]:
+    """The requests as they come; the shards of the following ones are being fetched meanwhile."""
+    waiting: deque[Request] = deque()
+    for request in requests:
+        reader.ahead(request.ids)
+        waiting.append(request)
+        if len(waiting) > REQUESTS_AHEAD:
+            yield waiting.popleft()
+    yield from waiting
+
+
 def _fill_all(requests: Iterable[Request], work: Work, ring: Ring) -> Iterator[Filled | OrchestratorError]:
     """An error crosses the border of a loader process as an item: DataLoader would rewrap its text in a traceback."""
     try:
-        with closing(ShardReader(work.split.index)) as reader:
+        with closing(open_reader(work)) as reader:
             filler = Filler(work.split, ring, work.finish, reader)
-            for request in requests:
+            for request in _look_ahead(requests, reader):
                 yield filler.fill(request)
     except OrchestratorError as error:
         yield error
@@ -227,6 +253,12 @@ class Loader:
         self._work, self._context = work, context
         self._device = device if device is not None and device.type == "cuda" else None
         self.wait_s = 0.0
+        self._counts = Counts()
+
+    def take_counts(self) -> Counts:
+        """What reading the batches since the last call cost."""
+        taken, self._counts = self._counts, Counts()
+        return taken
 
     def __len__(self) -> int:
         return self._work.length
@@ -255,6 +287,7 @@ class Loader:
                     if isinstance(item, OrchestratorError):
                         raise item
                     assert item is not None, "the pipeline ended before the plan"
+                    self._counts = self._counts.plus(item.counts)
                     yield transfer.take(item)
             finally:
                 del items  # ends the loader processes now; left to an error's traceback, each costs 5 s of waiting
@@ -324,12 +357,25 @@ def train_loader(
     requests = partial(_train_requests, plan, split, accumulate, steps)
     step = ceil(plan.num_samples / plan.steps_per_epoch)
     rows = ceil(ceil(step / split.world_size) / accumulate)
-    work = Work(split, requests, TrainFinish(split), len(steps) * accumulate, rows, split.config.image_size)
+    work = Work(
+        split,
+        requests,
+        TrainFinish(split),
+        len(steps) * accumulate,
+        rows,
+        split.config.image_size,
+        _open_shards(plan, split),
+    )
     return Loader(work, device, context)
+
+
+def _open_shards(plan: TrainPlan, split: Split) -> int:
+    return min(MOST_OPEN, plan.shards_at_once(split.world_size))
 
 
 def eval_loader(plan: EvalPlan, split: Split, device: torch.device | None = None, context: str = "fork") -> Loader:
     """Every sample of the set once over all ranks, rows that fill up carry PAD as their number."""
     size = preprocessing_of(split.config).image_size
     requests = partial(_eval_requests, plan, split)
-    return Loader(Work(split, requests, EvalFinish(split), plan.steps, plan.per_rank_batch_size, size), device, context)
+    work = Work(split, requests, EvalFinish(split), plan.steps, plan.per_rank_batch_size, size, 0)
+    return Loader(work, device, context)

@@ -57,6 +57,7 @@ def _parts(run: RunRecord) -> dict[str, Any]:
         "commands": sections.commands(run),
         "failure": sections.failure(run),
         "attempts": sections.attempts(run),
+        "reading": sections.reading(run),
         "phases": sections.time_split(run),
         "config": sections.config_rows(run),
         "environment": sections.environment(run),

@@ -11,7 +11,7 @@ from typing import Any
 
 Event = dict[str, Any]
 
-PER_STEP = frozenset({"step", "eval", "save"})
+PER_STEP = frozenset({"step", "eval", "save", "data"})
 """Kinds of events that an attempt repeats when it goes back to a checkpoint."""
 
 

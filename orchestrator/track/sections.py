@@ -20,6 +20,13 @@ PHASES = {
     "save": "save",
     "other": "other",
 }
+READING = {
+    "data/shards_fetched": "shards fetched",
+    "data/gib_fetched": "GiB",
+    "data/retries": "retries",
+    "data/shards_quarantined": "shards damaged",
+    "data/samples_lost": "samples lost",
+}
 PAIRS_SHOWN = 20
 CLASSES_SHOWN = 20
 
@@ -135,6 +142,22 @@ def failure(run: RunRecord) -> dict[str, str] | None:
         "code": "" if code is None else f"exit code {code}",
         "meaning": exit_meaning(code),
     }
+
+
+def reading(run: RunRecord) -> list[dict[str, str]]:
+    """What reading each epoch took, where anything was fetched, tried again or lost."""
+    found = [event for event in history(run.events) if event["kind"] == "data"]
+    if not any(value(event.get(key)) for event in found for key in READING):
+        return []
+    return [
+        {"epoch": f"{event.get('epoch', 0):g}", **{name: _count(event, key) for key, name in READING.items()}}
+        for event in found
+    ]
+
+
+def _count(event: Event, key: str) -> str:
+    number = value(event.get(key)) or 0
+    return f"{number:,.0f}" if float(number).is_integer() else f"{number:,.3f}"
 
 
 def attempts(run: RunRecord) -> list[dict[str, str]]:

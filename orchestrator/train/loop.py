@@ -93,6 +93,8 @@ class StepBorder(pl.Callback):
         if epoch_ends or step == 1 or step % config.tracking.log_every_steps == 0:
             self._log(step)
         self.stop_code = self.parts.flag.agree()
+        if epoch_ends:
+            self._report_reading(step)
         metrics = self._evaluate(step) if epoch_ends else {}
         if self._is_save_due(step, last) or self.stop_code is not None:
             self._save(trainer, step, metrics)
@@ -141,8 +143,26 @@ class StepBorder(pl.Callback):
                 f"at most {allowed} of {parts.num_samples} may be lost. Way out: `orchestrator shards verify` names "
                 "them; mend the shards, or raise data.bad_budget"
             )
-        if step % parts.module.span.steps_per_epoch == 0:
-            parts.lost = 0
+
+    def _report_reading(self, step: int) -> None:
+        """What reading the epoch took over all ranks, as far as this attempt did it; then its losses are forgotten."""
+        counts = self._sum(torch.tensor(self.parts.loader.take_counts())).tolist()
+        shards, size, retries, quarantined, _ = counts
+        facts = {
+            "data/shards_fetched": shards,
+            "data/gib_fetched": size / GIB,
+            "data/retries": retries,
+            "data/shards_quarantined": quarantined,
+            "data/samples_lost": self.parts.lost,
+        }
+        self._publish("data", step, {"epoch": step / self.parts.module.span.steps_per_epoch, **facts})
+        if retries or quarantined or self.parts.lost:
+            self.parts.progress.say(
+                f"step {step}: {shards} shards fetched, {retries} retries, {quarantined} shards found damaged, "
+                f"{self.parts.lost} samples lost in this epoch"
+            )
+        if step % self.parts.module.span.steps_per_epoch == 0:
+            self.parts.lost = 0
 
     def _require_finite(self, loss: float, step: int) -> None:
         if not isfinite(loss):

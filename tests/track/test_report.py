@@ -179,6 +179,19 @@ def test_attempts_are_marked_where_they_went_on():
     assert [row["ended"] for row in rows] == ["killed or crashed", "killed or crashed", "done"]
 
 
+def test_reading_is_told_for_each_epoch_once_something_was_fetched_tried_again_or_lost():
+    quiet = {"kind": "data", "attempt": 1, "data/retries": 0, "data/samples_lost": 0}
+    events = [{**quiet, "step": step, "epoch": step / 10} for step in (10, 20)]
+    assert sections.reading(RunRecord(Path("r"), events=events)) == []
+    events += [{**quiet, "step": 30, "epoch": 3.0, "data/retries": 1234, "data/gib_fetched": 0.1234}]
+    rows = sections.reading(RunRecord(Path("r"), events=events))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert rows[2] == {
+        "epoch": "3", "shards fetched": "0", "GiB": "0.123", "retries": "1,234", "shards damaged": "0",
+        "samples lost": "0",
+    }  # fmt: skip
+
+
 def test_a_stopped_attempt_says_by_what():
     endings = [{"kind": "stop", "exit_code": 143}, {"kind": "stop", "reason": "SIGINT"}, {"kind": "stop"}, {}]
     events = [{"t": 1.0, "kind": "step", "step": 1, "attempt": n, **end} for n, end in enumerate(endings)]
