@@ -154,7 +154,20 @@ def digits() -> Path:
     return folder
 
 
-BENCHES = {"help": bench_help, "start": bench_start, "step": bench_step, "quickstart": bench_quickstart}
+def bench_loaders() -> dict[str, object]:
+    """Images/s per core of this loader, of every peer and of the practical limit: `bench/out/loaders.json`."""
+    from tests.bench.loaders.bench import bench
+
+    return bench()
+
+
+BENCHES = {
+    "help": bench_help,
+    "start": bench_start,
+    "step": bench_step,
+    "quickstart": bench_quickstart,
+    "loaders": bench_loaders,
+}
 
 
 def main(names: list[str]) -> None:
