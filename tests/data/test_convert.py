@@ -385,8 +385,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, byt
     folder = base / "in"
     folder.mkdir()
     pixels = picture(900, 700)
-    images = [jpeg(pixels[i:, i:], "420", 90) for i in range(12)]
-    for number in range(8):
+    images = [jpeg(pixels[i:, i:], "420", 90) for i in range(9)]
+    for number in range(6):
         with tarfile.open(folder / f"x-{number}.tar", "w") as tar:
             for i, data in enumerate(images):
                 add(tar, f"{i:03d}.jpg", data)
