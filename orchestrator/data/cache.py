@@ -148,7 +148,11 @@ class Cache:
         if shard.filesize > cap:
             raise self._too_small(shard, cap)
         excess = max(used + shard.filesize - cap, shard.filesize - free)
-        return excess - _evict(whole, excess) <= 0
+        if excess <= _evict(whole, excess):
+            return True
+        if len(filling) == 1:  # its own: nobody else will give room
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return False
 
     def _too_small(self, shard: Shard, cap: int) -> OrchestratorError:
         rule = f"one shard has {shard.filesize:,} bytes, the cache at {self.root} may take {cap:,}"

@@ -149,8 +149,9 @@ class Transfer:
 
     def _pause(self, last: Exception, fruitless: int) -> None:
         asked = getattr(last, "retry_after", None)
-        backoff = PAUSE_S * 2**fruitless * random.uniform(0.5, 1.5)  # many readers must not come back as one
-        seconds = min(LONGEST_PAUSE_S, max(asked or 0.0, backoff) + (random.uniform(0, PAUSE_S) if asked else 0.0))
+        jitter = random.uniform(0.5, 1)  # many readers must not come back as one
+        backoff = min(LONGEST_PAUSE_S, PAUSE_S * 2**fruitless) * jitter
+        seconds = max(backoff, min(LONGEST_PAUSE_S, asked) + PAUSE_S * jitter) if asked else backoff
         log.debug("%s: try %d failed (%s), again in %.1f s", redact(self.url), self.tries, last, seconds)
         self.stop.wait(seconds)
 

@@ -82,7 +82,7 @@ class _Body:
         try:
             return self._answer.raw.read1(size, decode_content=False)
         except (HTTPError, OSError) as error:
-            raise Refused(f"{type(error).__name__}: {redact(str(error))}") from None
+            raise Refused(f"{type(error).__name__}: {_reason(error)}") from None
 
     def close(self) -> None:
         self._answer.close()
