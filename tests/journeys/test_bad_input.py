@@ -8,6 +8,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,8 +153,10 @@ def test_an_unreadable_image_ends_the_run_or_is_left_out_and_counted(
 ) -> None:
     path = sorted((copied / "val").glob("*.tar"))[0]
     blank_first_image(path)
+    assert cli("shards", "index", path.parent).code == 0  # the image is bad, the shard is as its index says
     require_refused(cli("train", *small, *on(copied)), str(path), "member", "data.on_bad=skip")
     blank_first_image(sorted((copied / "train").glob("*.tar"))[0])
+    assert cli("shards", "index", copied / "train").code == 0
     none = "data.bad_budget=0"
     require_refused(cli("train", *small, *on(copied), "data.on_bad=skip", none), "data.bad_budget = 0", "at most 0 of")
     skipping = cli("train", *small, *on(copied), "data.on_bad=skip", "--json")
@@ -343,3 +346,33 @@ def test_a_disk_that_fills_up_during_a_save_is_the_nodes_fault_and_the_run_goes_
     assert answer.code == 0, answer.err
     assert "resuming at step 7 of 14" in answer.err
     assert answer.json()["state_sha256"] == trained.result["state_sha256"]
+
+
+def test_a_damaged_shard_ends_the_run_with_its_place_or_is_quarantined_and_counted(
+    cli: Cli, small: tuple[str, ...], copied: Path
+) -> None:
+    path = sorted((copied / "train").glob("*.tar"))[0]
+    samples = json.loads((copied / "train" / "shards.json").read_text())["shardlist"][0]["nsamples"]
+    flip_a_bit(path)
+    require_refused(cli("train", *small, *on(copied)), str(path), "member", "offset", "data.on_damage=quarantine")
+    quarantine = "data.on_damage=quarantine"
+    require_refused(cli("train", *small, *on(copied), quarantine), "data.bad_budget = 0.01", "samples of this epoch")
+    done = cli("train", *small, *on(copied), quarantine, "data.bad_budget=0.9", "--json")
+    assert done.code == 0, done.err
+    folder = cli.cwd / "runs" / done.json()["run_id"]
+    events = [json.loads(line) for line in (folder / "events" / "rank_0.jsonl").read_text().splitlines()]
+    lost = [event["data/samples_lost"] for event in events if event["kind"] == "data"]
+    assert lost == [samples] * len(lost) != []
+    assert "shards found damaged" in done.err
+    assert "shards damaged" in (folder / "report.html").read_text()
+
+
+def flip_a_bit(tar: Path) -> None:
+    """In the middle of the first image."""
+    with tarfile.open(tar) as archive:
+        image = next(member for member in archive if not member.name.endswith(".cls"))
+    with tar.open("r+b") as file:
+        file.seek(image.offset_data + image.size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes((byte ^ 1,)))
