@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from webdataset.pipeline import DataPipeline
 
 from orchestrator.config import DataConfig
+from orchestrator.data.augment import augment_batch
 from orchestrator.data.decode import BatchDecoder, jobs_in_files
 from orchestrator.data.draws import draws
 from orchestrator.data.index import ShardIndex
@@ -126,6 +127,7 @@ class TrainFinish:
         """Change the decoded images (n, 3, S, S) in place."""
         if self._config.crop is Crop.pad:
             images[:] = shift(images, self._numbers(request), self._config.padding)
+        augment_batch(images, self._config, (self._seed, request.epoch), request.ids, request.copies)
 
     def _numbers(self, request: Request) -> np.ndarray:
         return draws((self._seed, request.epoch, "crop"), request.ids, request.copies, BLOCKS)

@@ -17,6 +17,7 @@ from orchestrator.data import ring, stream
 from orchestrator.data.index import ShardIndex, load_index
 from orchestrator.data.order import EvalPlan, TrainPlan
 from orchestrator.data.stream import PAD, Batch, Loader, Split, eval_loader, train_loader
+from orchestrator.options import Augment
 from tests.data.test_stream import CLASSES, SEED, config, label_of, make_set
 
 __all__ = ["config"]
@@ -213,3 +214,26 @@ def test_the_image_of_a_progressive_run_grows_without_new_loader_processes(
     split = Split(sets[3], ramp, SEED, CLASSES, 0, 1)
     sides = [batch.images.shape[-1] for batch in train_loader(plan, split, 1, range(3 * plan.steps_per_epoch))]
     assert sides == [side for side in (32, 64, 96) for _ in range(plan.steps_per_epoch)]
+
+
+def test_an_augmented_batch_is_the_same_for_any_number_of_ranks_and_loader_processes(
+    sets: dict[int, ShardIndex], config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies of one image differ from each other, though they are drawn in the same epoch."""
+    index = sets[4]
+    policy = replace(config, augment=Augment.randaugment, color_jitter=[0.4, 0.4, 0.4, 0.1])
+    plan = TrainPlan(tuple(shard.nsamples for shard in index.shards), SEED, 4, 2, repeats=2)
+    alone: list[torch.Tensor] = []
+    for world, workers in ((1, 0), (1, 2), (3, 1)):
+        loaders = [
+            train_loader(plan, split_of(index, policy, rank, world, workers), 1, range(plan.steps_per_epoch))
+            for rank in range(world)
+        ]
+        ranks = [list(batches_in_process(loader, workers, monkeypatch)) for loader in loaders]
+        joined = [torch.cat([batches[step].images for batches in ranks]) for step in range(plan.steps_per_epoch)]
+        alone = alone or joined
+        assert all(torch.equal(left, right) for left, right in zip(alone, joined, strict=True))
+    images, ids = torch.cat(alone), torch.cat([torch.from_numpy(plan.batch(s)) for s in range(plan.steps_per_epoch)])
+    twins = [images[ids == id] for id in ids.unique() if (ids == id).sum() == 2]
+    assert twins
+    assert all(not torch.equal(first, second) for first, second in twins)
