@@ -84,7 +84,7 @@ def test_pixels_equal_torchs_resize_of_the_whole_image_bit_for_bit(
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("interval", [0, 1, 4, 8, 40, 80])
+@pytest.mark.parametrize("interval", [0, 1, 4, 40])
 def test_every_place_of_a_large_image_is_reached(kernel: Kernel, sampling: str, interval: int) -> None:
     pixels = picture(640, 477)
     data = jpeg(pixels, sampling)
@@ -386,7 +386,7 @@ def test_damaged_data_never_show_other_pixels_than_pillow_shows(kernel: Kernel, 
     """Libjpeg passes over much damage in silence: then both show the same."""
     random = np.random.default_rng((len(kind), interval))
     left = shown = 0
-    for number in range(24):
+    for number in range(12):
         data = jpeg(picture(260, 170), SAMPLINGS[number % 6], 90)
         data = damage((kernel.rewrite(data, interval) or b"") if interval else data, kind, random)
         boxes = edge_boxes(260, 170) + random_boxes(260, 170, 8, number)

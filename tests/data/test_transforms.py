@@ -233,10 +233,10 @@ def by_torchvision(config: DataConfig, width: int, height: int, count: int) -> n
     return np.stack([left, top, left + w, top + h], -1)
 
 
-@pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (256, 256), (640, 200), (90, 120)])
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (640, 200), (90, 120)])
 @pytest.mark.parametrize("scale", [[0.08, 1.0], [0.25, 0.6], [0.9, 1.0]])
 def test_boxes_are_distributed_as_torchvisions(config: DataConfig, width: int, height: int, scale: list[float]) -> None:
-    """Kolmogorov-Smirnov over area, ratio and place, 4,000 boxes each; p = 0.00001, as these are 90 comparisons."""
+    """Kolmogorov-Smirnov over area, ratio and place, 4,000 boxes each; p = 0.00001, as these are 54 comparisons."""
     config = replace(config, crop_scale=scale, crop_ratio=[3 / 4, 4 / 3])
     facts = []
     for drawn in (boxes(config, width, height, 4000), by_torchvision(config, width, height, 4000)):
