@@ -1,4 +1,4 @@
-"""``orchestrator shards make | convert | index | verify | inspect``."""
+"""``orchestrator shards make | convert | index | verify | inspect | bench``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cli import convert
+from orchestrator.cli import convert, shards_bench
 from orchestrator.cli.console import given_options, note, print_json, print_table, progress
 from orchestrator.errors import EXIT_DONE, EXIT_USER, DataError
 
@@ -38,7 +38,8 @@ INSPECT_EPILOG = """examples:
 def add_to(subparsers: Any) -> None:
     """Register `shards` and its leaves."""
     family = subparsers.add_parser("shards", help="pack, index, check and look at WebDataset shards")
-    leaves = family.add_subparsers(dest="leaf", required=True, metavar="make | convert | index | verify | inspect")
+    names = "make | convert | index | verify | inspect | bench"
+    leaves = family.add_subparsers(dest="leaf", required=True, metavar=names)
     add_make_arguments(_leaf(leaves, "make", "pack labelled images into shards", MAKE_EPILOG))
     convert.add_arguments(_leaf(leaves, "convert", "write existing tars again, crop-ready", convert.EPILOG))
     index = _leaf(leaves, "index", "index tars that exist", INDEX_EPILOG)
@@ -58,6 +59,7 @@ def add_to(subparsers: Any) -> None:
     inspect.add_argument("--max-pixels", type=int, metavar="N")
     inspect.add_argument("--json", action="store_true")
     inspect.set_defaults(run=inspect_shards)
+    shards_bench.add_arguments(_leaf(leaves, "bench", "how fast they load on this machine", shards_bench.EPILOG))
 
 
 def _leaf(leaves: Any, name: str, summary: str, epilog: str) -> argparse.ArgumentParser:
