@@ -111,8 +111,7 @@ class Cache:
         """The file to fill, locked; None where another process has finished or given up meanwhile."""
         path = self._partial / name
         with open(path, "r+b", opener=lambda name, _: os.open(name, os.O_RDWR | os.O_CREAT, 0o600)) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_at(file.fileno(), path):
+            if not _lock_while_at(file.fileno(), path):
                 yield None
                 return
             try:
@@ -185,6 +184,19 @@ class Cache:
             raise DataError(
                 f"{self._shards}: cannot keep {url} ({error}). Way out: set ORCHESTRATOR_CACHE to a writable folder"
             ) from error
+
+
+def _lock_while_at(fd: int, path: Path) -> bool:
+    """Lock the file that is being filled; False once it is no longer at its place.
+
+    Tried again and again, not waited for: a file that became whole keeps its inode, and readers hold it for hours.
+    """
+    while _is_at(fd, path):
+        with suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return _is_at(fd, path)
+        time.sleep(POLL_S)
+    return False
 
 
 def _is_at(fd: int, path: Path) -> bool:

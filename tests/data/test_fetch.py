@@ -284,6 +284,23 @@ def test_processes_that_want_the_same_shard_make_one_download(far: Served, cache
     assert [path.name for path in cache.rglob("*") if path.is_file()] == [f"{shard.sha256}.tar"]
 
 
+def test_nobody_waits_for_the_reader_of_a_shard_that_has_become_whole(far: Served, cache: Path) -> None:
+    """The file that was filled and the shard that is read are one inode, and readers hold theirs for hours."""
+    shard, hold_s = first(far), 3.0
+    far.pace_s = 0.02
+
+    def work() -> None:
+        store, began = ShardStore(), time.monotonic()
+        _, descriptor = store.open(shard)
+        assert time.monotonic() - began < hold_s
+        if store.counts.shards:  # who fetched it reads it for a while
+            time.sleep(2 * hold_s)
+        os.close(descriptor)
+
+    assert in_processes(4, work) == [0, 0, 0, 0]
+    assert far.ranges() == [None]
+
+
 def test_what_is_fetched_ahead_is_there_when_it_is_needed(far: Served) -> None:
     shards = load_index(far.url).shards
     store = ShardStore()
