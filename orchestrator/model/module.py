@@ -10,10 +10,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from orchestrator.config import RunConfig
+from orchestrator.model.loss import Targets, row_losses
+from orchestrator.model.mixing import Mixing, mixes
 from orchestrator.model.optim import build_optimizer, learning_rate_factor, peak_lr
 
 TOP_K = 5
@@ -65,26 +66,41 @@ class Classifier(pl.LightningModule):
         super().__init__()
         self.net = net
         self.normalise = Normalise(config.data.mean, config.data.std, config.compute.channels_last)
+        self.mixing = Mixing(config) if mixes(config.recipe) else None
         self.config, self.span = config, span
         self.step = span.first_step
         self.peak_lr = peak_lr(config.optimizer, config.recipe.global_batch_size)
         self._tally = torch.zeros(5, dtype=torch.float64)
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Keep the sample numbers readable on the host: asking the device for them would wait for it."""
+        self._host_ids = batch.ids
+        return batch
+
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        logits = self.net(self.normalise(batch.images))
-        smoothing = self.config.recipe.label_smoothing
-        losses = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=smoothing)
+        images, targets = self._prepare(batch, batch_idx)
+        logits = self.net(images)
+        losses = row_losses(logits, targets, self.config.recipe)
         weights = (batch.ids >= 0).to(losses.dtype)
         loss = (losses * weights).sum()
-        self._count(loss, logits, weights, batch)
+        self._count(loss, logits, weights, targets.dominant, batch.skipped)
         # DDP divides by the ranks and Lightning by the parts of a step; the step's mean is wanted.
         return loss * (self.span.world_size * self.config.recipe.accumulate / batch.step_size)
 
+    def _prepare(self, batch: Any, batch_idx: int) -> tuple[torch.Tensor, Targets]:
+        if self.mixing is None:
+            return self.normalise(batch.images), Targets(batch.labels)
+        ids = batch.ids if batch.ids.device.type == "cpu" else self._host_ids
+        step, part = divmod(self._unit(batch_idx), self.config.recipe.accumulate)
+        return self.mixing(batch.images, batch.labels, ids, step, part)
+
     @torch.no_grad()
-    def _count(self, loss: torch.Tensor, logits: torch.Tensor, weights: torch.Tensor, batch: Any) -> None:
-        first, among = count_hits(logits, batch.labels)
-        skipped = torch.full_like(loss, batch.skipped)
-        sums = torch.stack([loss, (first * weights).sum(), (among * weights).sum(), weights.sum(), skipped])
+    def _count(
+        self, loss: torch.Tensor, logits: torch.Tensor, weights: torch.Tensor, labels: torch.Tensor, skipped: int
+    ) -> None:
+        first, among = count_hits(logits, labels)
+        left_out = torch.full_like(loss, skipped)
+        sums = torch.stack([loss, (first * weights).sum(), (among * weights).sum(), weights.sum(), left_out])
         self._tally = self._tally.to(sums.device) + sums.detach()
 
     @property
@@ -103,9 +119,12 @@ class Classifier(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Dropout and its like draw from (seed, unit of work, rank): no random state needs to be carried along."""
-        unit = self.span.first_step * self.config.recipe.accumulate + batch_idx
-        key = f"{self.config.seed}:{unit}:{self.span.rank}".encode()
+        key = f"{self.config.seed}:{self._unit(batch_idx)}:{self.span.rank}".encode()
         torch.manual_seed(int.from_bytes(blake2b(key, digest_size=8).digest(), "little") >> 1)
+
+    def _unit(self, batch_idx: int) -> int:
+        """The part of a step that a batch is, counted from the start of the run."""
+        return self.span.first_step * self.config.recipe.accumulate + batch_idx
 
     def configure_optimizers(self) -> Optimizer:
         return build_optimizer(self.config.optimizer, self.net, self.peak_lr)

@@ -97,6 +97,32 @@ def test_label_smoothing_is_the_recipes() -> None:
     require_close(gradients(module), whole_step_gradients(range(9), label_smoothing=0.3))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_without_mixing_a_step_has_the_bits_of_the_plain_formula(smoothing: float) -> None:
+    module, batch = make_module(overrides=(f"recipe.label_smoothing={smoothing}",)), make_batch(range(9), 9, padding=2)
+    found = module.training_step(batch, 0)
+    mean, std = (255 * torch.tensor(v).view(1, 3, 1, 1) for v in (module.config.data.mean, module.config.data.std))
+    logits = module.net((batch.images.float() - mean) / std)
+    losses = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=smoothing)
+    assert torch.equal(found, (losses * (batch.ids >= 0)).sum() * (1 / 9))
+    assert module.mixing is None
+
+
+MIXED = ("recipe.mixup=0.2", "recipe.cutmix=1.0", "recipe.erase=0.5")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_mixed_step_has_the_same_bits_in_a_run_that_starts_there(accumulate: int) -> None:
+    overrides = (*MIXED, f"recipe.accumulate={accumulate}")
+    whole, resumed = make_module(overrides=overrides), make_module(overrides=overrides)
+    resumed.span = Span(4, STEPS, 2, 0, 1)
+    losses = [whole.training_step(make_batch(range(12), 12), unit) for unit in range(6 * accumulate)]
+    for unit in range(2 * accumulate):
+        found = resumed.training_step(make_batch(range(12), 12), unit)
+        assert torch.equal(found, losses[4 * accumulate + unit])
+    assert len({loss.item() for loss in losses}) == len(losses)
+
+
 def test_the_tally_sums_loss_hits_and_samples_and_starts_anew() -> None:
     module = make_module()
     batches = [make_batch(range(9), 9), make_batch(range(9, 20), 11, padding=2)._replace(skipped=3)]
@@ -166,6 +192,15 @@ class TestFit:
         factors = [learning_rate_factor(module.config.recipe, step, 2, STEPS) for step in range(STEPS)]
         assert rates == pytest.approx([0.2 * factor for factor in factors])
         assert len(set(rates)) > 1
+
+    def test_a_mixed_run_trains_by_numbers_read_on_the_host_before_the_transfer(self) -> None:
+        first, again = make_module(overrides=MIXED), make_module(overrides=MIXED)
+        fit(first, 1, range(STEPS))
+        torch.rand(3)
+        fit(again, 1, range(STEPS))
+        assert torch.equal(first._host_ids, torch.arange(60, 72))
+        for a, b in zip(first.net.parameters(), again.net.parameters(), strict=True):
+            assert torch.equal(a, b)
 
     def test_a_span_that_starts_later_goes_on_with_the_rates(self) -> None:
         whole, rest = make_module(), make_module()
