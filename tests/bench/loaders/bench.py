@@ -22,6 +22,7 @@ BATCHES = int(os.environ.get("LOADERS_BATCHES", "16"))
 WARM_UP = 8
 WORKERS = (1, 2)
 LONGEST_S = 300
+OTHER_S = 600
 ALONE = {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONWARNINGS": "ignore"}
 
 Key = tuple[str, int]
@@ -144,7 +145,13 @@ def _start(name: str, data: Path, workers: int, *options: object) -> subprocess.
 def _other(module: str, data: Path) -> Any:
     """A measurement of a module of its own, in the peers' environment, which sees ours."""
     command = [str(peers.PYTHON), "-m", f"tests.bench.loaders.{module}", str(data)]
-    done = subprocess.run(command, cwd=sets.ROOT, env=os.environ | ALONE, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, cwd=sets.ROOT, env=os.environ | ALONE, capture_output=True, text=True, check=False, timeout=OTHER_S
+        )
+    except subprocess.TimeoutExpired:
+        print(f"  {data.name}: {module} left out: took longer than {OTHER_S} s", flush=True)
+        return {"absent": f"took longer than {OTHER_S} s"}
     if done.returncode:
         print(f"  {data.name}: {module} left out: {_last_line(done.stderr)}", flush=True)
         return {"absent": _last_line(done.stderr)}

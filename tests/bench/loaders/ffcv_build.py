@@ -1,4 +1,4 @@
-"""FFCV has no wheels and wants OpenCV's and libturbojpeg's headers; Debian's packages are unpacked beside it, not installed."""
+"""FFCV has no wheels and wants the headers of OpenCV and libturbojpeg: Debian's packages, unpacked, not installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The samples of a set as its shards hold them, for what converts them into other formats; and their work on tensors."""
+"""The samples of a set as its shards hold them, for what converts them; and the work on Pillow images or tensors."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def cpu_s(root: int) -> float:
 
 
 def own_mib(root: int) -> float:
-    """Anonymous and shared memory of a tree in MiB, shared pages counted once; files in the page cache are not in it."""
+    """Anonymous and shared memory of a tree in MiB, shared pages counted once; without files in the page cache."""
     return sum(_own_kib(pid) for pid in tree(root)) / 1024
 
 

@@ -1,6 +1,6 @@
-"""``python -m tests.bench.loaders.resume SET``: seconds to the first batch of a fresh epoch, and of one that goes on midway.
+"""``python -m tests.bench.loaders.resume SET``: seconds to the first batch of a fresh epoch and of a resumed one.
 
-Each loader is stopped after half an epoch and built again from its own state in the same process: imports are not in it.
+Each loader is stopped after half an epoch and built again from its own state in the same process, imports left out.
 Ours needs no state but the step.
 """
 
@@ -74,4 +74,5 @@ def main(data: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    sys.stdout.flush()
     os._exit(0)

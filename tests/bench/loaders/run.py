@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +81,7 @@ def main() -> None:
     else:
         batches = iter(module.batches(args.data / loader.data, args.workers, **loader.options))
         print(json.dumps(measure(batches, args.workers, args.batches, args.warm_up)))
+    sys.stdout.flush()
     os._exit(0)  # some loaders take seconds to end their threads, which nobody measures
 
 

@@ -1,7 +1,7 @@
 """The sets of the benchmark: 4,096 JPEGs each as links, and the shards that this project packs of them.
 
-`photos` are 1,000 real ImageNet photos, each four times and 96 a fifth time, so that no loader meets the end of an epoch
-while it is measured; `synthetic` is drawn by a recipe, for machines without the photos.
+`photos` are 1,000 real ImageNet photos, each four times and 96 a fifth time, so that no loader meets the end of an
+epoch while it is measured; `synthetic` is drawn by a recipe, for machines without the photos.
 """
 
 from __future__ import annotations
@@ -101,5 +101,5 @@ def draw(seed: int, size: tuple[int, int], path: Path) -> None:
         for channel in range(3):
             fine = Image.fromarray(grid[..., channel].astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
             total[..., channel] += np.asarray(fine) * 46 / 1.26**octave
-    pixels = np.clip(total + (128, 128, 128), 0, 255).astype(np.uint8)
+    pixels = np.clip(total + 128, 0, 255).astype(np.uint8)
     Image.fromarray(pixels, "YCbCr").save(path, quality=93)

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from tests.bench.loaders import BATCH, SIDE, photos
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-PER_FILE = 250
+PER_FILE = 256
 
 
 def convert(data: Path, out: Path) -> None:
     import tensorflow as tf
 
     out.mkdir(parents=True, exist_ok=True)
-    writer = None
-    for number, (_, image, label) in enumerate(photos.samples(data)):
-        if number % PER_FILE == 0:
-            writer = tf.io.TFRecordWriter(str(out / f"train-{number // PER_FILE:05d}.tfrecord"))
-        features = {
-            "image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[image])),
-            "label": tf.train.Feature(int64_list=tf.train.Int64List(value=[label])),
-        }
-        assert writer is not None
-        writer.write(tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString())
+    records = enumerate(photos.samples(data))
+    for number, group in groupby(records, key=lambda record: record[0] // PER_FILE):
+        with tf.io.TFRecordWriter(str(out / f"train-{number:05d}.tfrecord")) as writer:
+            for _, (_, image, label) in group:
+                features = {
+                    "image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[image])),
+                    "label": tf.train.Feature(int64_list=tf.train.Int64List(value=[label])),
+                }
+                writer.write(tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString())
 
 
 def batches(data: Path, workers: int) -> Iterator[Any]:
