@@ -31,6 +31,8 @@ SCHEMA = 1
 KIND = "wids-shard-index-v1"
 
 _LONGEST_LABEL = 20
+_LONGEST_JSON = 16 << 20
+_KINDS = "jpg, jpeg, png or webp"
 _MAKE = (
     "Way out: `orchestrator shards make SOURCE OUT` packs images, `orchestrator shards index` indexes tars that exist"
 )
@@ -40,7 +42,10 @@ _REINDEX = "Way out: `orchestrator shards index` writes it again"
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One tar of a set; `location` is an absolute path or a URL, `label` the extension of the members with labels."""
+    """One tar of a set; `location` is an absolute path or a URL.
+
+    `label` is the extension of the members with labels, or json:FIELD, a field of the samples' JSON members.
+    """
 
     location: str
     nsamples: int
@@ -224,8 +229,9 @@ def read_members(path: Path, label: str) -> Members:
 
 def _header_agrees(fd: int, sample: list[Member], label: str) -> bool:
     """An `.idx` of an older tar of the same size points at bytes whose header has another name or size."""
+    extension = label.partition(":")[0]
     for member in sample:
-        if member.extension == label:
+        if member.extension == extension:
             header = os.pread(fd, BLOCK, member.offset - BLOCK)
             base = member.name.rsplit("/", 1)[-1].encode()[-90:]
             return header[257:262] == b"ustar" and header[124:135] == b"%011o" % member.size and base in header
@@ -246,7 +252,8 @@ def _collect(path: Path, fd: int, samples: Iterable[list[Member]], label: str) -
     if faults:
         raise DataError(
             f"{path}: {len(faults)} samples are not one image and one label:\n{list_first(faults)}\n"
-            "Way out: write this shard again, e.g. with `orchestrator shards make`"
+            "Way out: `orchestrator shards index` with --label EXT or --label json:FIELD where labels lie elsewhere; "
+            "a sample's members lie side by side (`tar --sort=name`), its key ends at the first dot"
         )
     columns = np.asarray(rows, np.int64).reshape(-1, 3).T
     return Members(keys, columns[0], columns[1], columns[2], extensions)
@@ -254,12 +261,28 @@ def _collect(path: Path, fd: int, samples: Iterable[list[Member]], label: str) -
 
 def _image_and_label(fd: int, sample: list[Member], label: str) -> tuple[Member, int]:
     images = [member for member in sample if member.extension in IMAGE_EXTENSIONS]
-    labels = [member for member in sample if member.extension == label]
-    if len(images) != 1:
-        raise ValueError(f"{len(images)} images (jpg, jpeg, png or webp), must be 1")
-    if len(labels) != 1:
-        raise ValueError(f"{len(labels)} {label} labels, must be 1")
-    return images[0], _read_label(fd, labels[0])
+    extension, _, field = label.partition(":")
+    labels = [member for member in sample if member.extension == extension]
+    if len(images) != 1 or len(labels) != 1:
+        found = ", ".join(member.extension for member in sample)
+        what = f"{len(labels)} {extension} labels" if len(images) == 1 else f"{len(images)} images of {_KINDS}"
+        raise ValueError(f"{what}, must be 1; it has {found}")
+    return images[0], _read_field(fd, labels[0], field) if field else _read_label(fd, labels[0])
+
+
+def _read_field(fd: int, member: Member, field: str) -> int:
+    """The class number in a JSON object, as a number or its digits."""
+    try:
+        body = json.loads(os.pread(fd, min(member.size, _LONGEST_JSON), member.offset))
+    except ValueError as error:
+        raise ValueError(f"{member.extension} is not JSON ({error})") from error
+    if not isinstance(body, dict) or field not in body:
+        fields = ", ".join(map(str, body)) if isinstance(body, dict) else "none"
+        raise ValueError(f"JSON has no field {field}; its fields: {fields}")
+    number = body[field]
+    if isinstance(number, (bool, float)) or not str(number).strip().isdecimal() or int(number) >= 2**63:
+        raise ValueError(f"{field} {number!r} is not an integer from 0 up")
+    return int(number)
 
 
 def _read_label(fd: int, member: Member) -> int:

@@ -68,9 +68,10 @@ def index_tars(
 ) -> tuple[Path, dict[str, Any]]:
     """Write `.idx` and sums beside each tar and `shards.json` beside them all; returns its folder and content.
 
-    `label` is the extension of the members that hold the class number. Class names come from the file, else from an
-    older index that has enough of them, else they are the numbers. Raises DataError.
+    `label` is the extension of the members that hold the class number, or json:FIELD of JSON members. Class names come
+    from the file, else from an older index that has enough of them, else they are the numbers. Raises DataError.
     """
+    label = normal_label(label)
     tars = find_tars(location)
     folder = tars[0].parent
     names = read_classes(Path(classes_file)) if classes_file else None
@@ -87,11 +88,20 @@ def index_tars(
         for entry in body["shardlist"]:
             entry["label"] = label
     if not body["shardlist"]:
-        raise DataError(
-            f"{location}: no sample in {len(tars)} tars. Way out: tars with an image and a .{label} per sample"
-        )
+        raise DataError(f"{location}: no sample in {len(tars)} tars. Way out: an image and a label per sample")
     write_index(folder, body)
     return folder, body
+
+
+def normal_label(label: str) -> str:
+    """Extensions are compared in lower case; raises DataError for what cannot be one."""
+    extension, colon, field = label.partition(":")
+    extension = extension.lstrip(".").lower()
+    if not extension or (colon and (extension != "json" or not field)):
+        raise DataError(
+            f"--label = {label}: must be an extension or json:FIELD. Way out: --label cls, --label json:label"
+        )
+    return f"{extension}{colon}{field}"
 
 
 def _names_of_older_index(folder: Path, highest: int) -> tuple[str, ...] | None:
