@@ -74,7 +74,16 @@ class Server:
             "-s3.port.iceberg=0",
             "-s3.port.lance=0",
         ]
-        command = [weed, f"-logdir={self.folder}", "server", *places, *ports, *s3, "-master.volumeSizeLimitMB=64"]
+        command = [
+            weed,
+            f"-logdir={self.folder}",
+            "server",
+            *places,
+            *ports,
+            *s3,
+            "-master.volumeSizeLimitMB=64",
+            "-master.electionTimeout=1s",
+        ]
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder)
 
