@@ -160,9 +160,7 @@ def _bounds(data: Any) -> tuple[np.ndarray, Any]:
 def _binary(path: Path, images: Any) -> tuple[Any, dict[int, str]]:
     """The images as one array of large_binary, empty where a cell has no bytes, and the paths such cells name."""
     import pyarrow as pa
-    import pyarrow.compute
 
-    pc: Any = pyarrow.compute  # its functions are made at import
     elsewhere: dict[int, str] = {}
     kind = images.type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
