@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any, cast
 from urllib.parse import urljoin
@@ -46,11 +47,24 @@ class Reply:
 
     def read(self) -> bytes:
         """What has arrived, at least one byte; empty at the end. Raises OSError."""
-        return self.body.read1(_CHUNK) if hasattr(self.body, "read1") else self.body.read(_CHUNK)  # pyright: ignore[reportAttributeAccessIssue]
+        body: Any = self.body
+        with _network_errors():
+            return body.read1(_CHUNK) if hasattr(body, "read1") else body.read(_CHUNK)
 
     def close(self) -> None:
         with suppress(Exception):  # an opener's own complaint about an early end
             self.body.close()
+
+
+@contextmanager
+def _network_errors() -> Iterator[None]:
+    """An opener's OSError is the network's, whatever its errno: one with an errno is taken for the disk's elsewhere."""
+    try:
+        yield
+    except Refused:
+        raise
+    except OSError as error:
+        raise Refused(redact(str(error))) from error
 
 
 def is_url(location: str) -> bool:
@@ -78,7 +92,8 @@ def open_at(url: str, offset: int, version: str | None, stall_s: float) -> Reply
     scheme = url.split(":", 1)[0].lower()
     opener = _registered(scheme)
     if opener:
-        return Reply(cast("IO[bytes]", opener(url, "rb")))
+        with _network_errors():
+            return Reply(cast("IO[bytes]", opener(url, "rb")))
     if scheme in WEB:
         from orchestrator.data.web import open_web
 
@@ -105,7 +120,7 @@ def _unread(url: str, scheme: str) -> DataError:
     known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
     if scheme == "pipe":
         return DataError(
-            f"{redact(url)}: pipe: is not read, since an address would run a command. Way out: {known} or a local "
+            f"pipe: is not read, since such an address would run a command. Way out: {known} or a local "
             f"path; or {ALLOW_PIPE}=1 in the environment, if you trust every command in the index"
         )
     return DataError(

@@ -49,6 +49,7 @@ class ShardStore:
         self._stamps, self._lock, self._stop = Stamps(), Lock(), Event()
         self._pool: ThreadPoolExecutor | None = None
         self._coming: dict[Shard, Future[Path]] = {}
+        self._process = os.getpid()
         self.counts = Counts()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -64,6 +65,7 @@ class ShardStore:
         Raises DamagedShard where its bytes are not those of the index, DataError where it is missing, TransientError
         where a download fails, NodeError where the disk is full.
         """
+        self._begin_anew_after_a_fork()
         coming = self._coming.pop(shard, None)
         if coming:
             coming.result()  # its error, if it had one; the file may have been evicted since
@@ -83,11 +85,14 @@ class ShardStore:
 
     def ahead(self, shards: Iterable[Shard]) -> None:
         """Begin to fetch and check the shards that are read next, few at a time; errors surface at `path`."""
+        self._begin_anew_after_a_fork()
         for shard in shards:
-            if len(self._coming) >= MOST_AHEAD:
-                return
             if shard in self._coming:
                 continue
+            if len(self._coming) >= MOST_AHEAD:  # what is ready needs no place, although nobody asked for it
+                self._coming = {shard: future for shard, future in self._coming.items() if not future.done()}
+            if len(self._coming) >= MOST_AHEAD:
+                return
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(THREADS, "shards")
             self._coming[shard] = self._pool.submit(self._ready, shard)
@@ -106,9 +111,14 @@ class ShardStore:
         """End what is being fetched."""
         self._stop.set()
         if self._pool:
-            self._pool.shutdown(cancel_futures=True)
+            self._pool.shutdown(wait=False, cancel_futures=True)  # a stalled server would hold it for half a minute
             self._pool = None
         self._coming.clear()
+
+    def _begin_anew_after_a_fork(self) -> None:
+        """Threads and locks of the parent are not there in its child."""
+        if self._process != os.getpid():
+            self._start()
 
     def _ready(self, shard: Shard) -> Path:
         if is_url(shard.location):

@@ -24,7 +24,6 @@ from webdataset.pipeline import DataPipeline
 from orchestrator.config import DataConfig
 from orchestrator.data.augment import augment_batch
 from orchestrator.data.decode import BatchDecoder, jobs_in_files
-from orchestrator.data.draws import draws
 from orchestrator.data.index import ShardIndex
 from orchestrator.data.order import EvalPlan, TrainPlan, cut
 from orchestrator.data.reader import ShardReader
@@ -32,6 +31,7 @@ from orchestrator.data.ring import Ring
 from orchestrator.data.store import Counts
 from orchestrator.data.transforms import BLOCKS, Views, eval_views, preprocessing_of, shift, train_size, train_views
 from orchestrator.errors import DataError, OrchestratorError
+from orchestrator.keyed import draws
 from orchestrator.options import Crop, OnBad
 
 MOST_OPEN = 512

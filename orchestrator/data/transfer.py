@@ -15,7 +15,7 @@ from orchestrator.errors import DataError, TransientError
 
 TRIES = 6
 """In a row without progress; bytes of at least `PROGRESS` begin the count anew."""
-PROGRESS = 1 << 20
+PROGRESS = 1 << 16
 PAUSE_S = 0.5
 LONGEST_PAUSE_S = 60.0
 STALL_S = 30.0

@@ -8,6 +8,7 @@ from email.utils import parsedate_to_datetime
 from typing import IO, Any, cast
 
 from orchestrator.data.remote import Refused, Reply, redact
+from orchestrator.errors import DataError
 
 CONNECT_S = 10.0
 _RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")
@@ -24,10 +25,10 @@ def open_web(url: str, offset: int, version: str | None, stall_s: float) -> Repl
             headers["If-Range"] = version
     try:
         answer = requests.get(url, headers=headers, stream=True, timeout=(CONNECT_S, stall_s))
+    except ValueError as error:
+        raise DataError(f"{redact(str(error))}: this address cannot be parsed. Way out: mend it") from None
     except requests.RequestException as error:
         raise Refused(f"{type(error).__name__}: {_reason(error)}") from None
-    except ValueError as error:  # an address that cannot be parsed
-        raise Refused(redact(str(error))) from None
     if answer.status_code not in (200, 206):
         raise _refusal(answer)
     start, total = _extent(answer)

@@ -20,10 +20,10 @@ from orchestrator.compose import compose
 from orchestrator.config import DataConfig
 from orchestrator.data.crop_ready import is_available
 from orchestrator.data.decode import BatchDecoder, ViewsOf, jobs_in_files, read_job, region_decoder
-from orchestrator.data.draws import draws
 from orchestrator.data.images import decode_image
 from orchestrator.data.kernel import Kernel
 from orchestrator.data.transforms import BLOCKS, Preprocessing, eval_pixels, eval_views, show, train_views
+from orchestrator.keyed import draws
 from orchestrator.options import Decode, Interpolation
 
 SIDE = 64

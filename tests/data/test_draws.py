@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.data.draws import draws, philox
+from orchestrator.keyed import draws, philox
 
 ONES = 0xFFFFFFFF
 
@@ -85,7 +85,7 @@ def test_numbers_are_spread_evenly_and_alone_of_one_another() -> None:
 
 def test_fresh_processes_draw_the_same() -> None:
     code = (
-        "import sys, numpy as np; from orchestrator.data.draws import draws;"
+        "import sys, numpy as np; from orchestrator.keyed import draws;"
         "sys.stdout.buffer.write(draws((3, 7, 'x'), np.arange(9) + 2**40, np.arange(9), 11).tobytes())"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}

@@ -14,7 +14,6 @@ from PIL import Image
 
 from orchestrator.compose import compose
 from orchestrator.config import DataConfig
-from orchestrator.data.draws import draws
 from orchestrator.data.transforms import (
     BLOCKS,
     CROP_TRIES,
@@ -28,6 +27,7 @@ from orchestrator.data.transforms import (
     train_size,
     train_views,
 )
+from orchestrator.keyed import draws
 from orchestrator.options import Crop, Interpolation
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
