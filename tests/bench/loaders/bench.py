@@ -18,7 +18,7 @@ from tests.bench.loaders.catalogue import LIMIT, LOADERS, REFERENCE
 
 OUT = sets.ROOT / "bench" / "out" / "loaders.json"
 ROUNDS = int(os.environ.get("LOADERS_ROUNDS", "5"))
-BATCHES = int(os.environ.get("LOADERS_BATCHES", "16"))
+BATCHES = int(os.environ.get("LOADERS_BATCHES", "22"))
 WARM_UP = 8
 WORKERS = (1, 2)
 LONGEST_S = 300

@@ -64,6 +64,8 @@ def store(folder: Path) -> Iterator[Any]:
         f"-dir={folder}",
         "-ip=127.0.0.1",
         "-volume.max=100",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
         *ports,
     ]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -85,9 +87,12 @@ def store(folder: Path) -> Iterator[Any]:
 
 
 def upload(client: Any, folder: Path, prefix: str) -> None:
+    from boto3.s3.transfer import TransferConfig
+
+    plain = TransferConfig(use_threads=False, multipart_threshold=1 << 30)
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            client.upload_file(str(path), BUCKET, f"{prefix}/{path.relative_to(folder)}")
+            client.upload_file(str(path), BUCKET, f"{prefix}/{path.relative_to(folder)}", Config=plain)
 
 
 def epoch(loader: Any) -> float:
