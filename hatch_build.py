@@ -16,7 +16,8 @@ class KernelHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         source = Path(self.root) / "orchestrator" / "data" / "native" / "build.py"
         spec = importlib.util.spec_from_file_location("build_kernel", source)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         build = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(build)
         reason = build.build_kernel()
