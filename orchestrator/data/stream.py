@@ -76,7 +76,7 @@ class Filled(NamedTuple):
     ids: np.ndarray
     step_size: int
     skipped: int
-    counts: Counts
+    counts: Counts = Counts()
 
 
 @dataclass(frozen=True, slots=True)
