@@ -253,7 +253,7 @@ class Loader:
 
     def __init__(self, work: Work, device: torch.device | None = None, context: str = "fork"):
         self._work, self._context = work, context
-        self._device = device if device is not None and device.type == "cuda" else None
+        self._device = device
         self.wait_s = 0.0
         self._counts = Counts()
 
@@ -300,7 +300,8 @@ class Transfer:
     memory, finished before its slot can be filled again."""
 
     def __init__(self, ring: Ring, device: torch.device | None):
-        self._ring, self._device = ring, device
+        self._ring = ring
+        self._device = device if device is not None and device.type == "cuda" else None
         self._copies: deque[Any] = deque()
 
     def __enter__(self) -> Transfer:
