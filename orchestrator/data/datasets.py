@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -19,7 +21,12 @@ from orchestrator.errors import DataError, nearest
 
 DIGITS_VAL_FRACTION = 0.2
 VAL_FRACTION = 0.1
-_SPLIT_NAMES = {"train": ("train", "trainval"), "val": ("val", "test", "valid")}
+_SPLIT_NAMES = {
+    "split": {"train": ("train", "trainval", "train-standard"), "val": ("val", "valid", "test")},
+    "version": {"train": ("2021_train",), "val": ("2021_valid",)},
+}
+"""By the argument that selects a split: what torchvision's classes call it, the first that they know."""
+_SPLITTING = {"train", *_SPLIT_NAMES}
 
 
 @lru_cache(maxsize=1)
@@ -78,22 +85,25 @@ def _fraction(options: SourceOptions) -> float:
 
 @dataclass(frozen=True, slots=True)
 class DatasetReader:
-    """Items (split, index) of a data set that each packing process opens for itself."""
+    """Items (split, index) of a data set that each packing process opens for itself; files by their path."""
 
     kind: str  # "torchvision" or "entry point"
     name: str
     root: str
+    arguments: tuple[tuple[str, Any], ...] = ()
 
-    def __call__(self, ref: tuple[str, int]) -> bytes | np.ndarray:
+    def __call__(self, ref: tuple[str, int] | str) -> bytes | np.ndarray:
+        if isinstance(ref, str):
+            return Path(ref).read_bytes()
         split, index = ref
-        return _to_picture(_opened(self.kind, self.name, self.root, split)[index][0])
+        return _to_picture(_opened(self, split)[index][0])
 
 
 @lru_cache(maxsize=4)
-def _opened(kind: str, name: str, root: str, split: str) -> Any:
-    if kind == "torchvision":
-        return _make_torchvision(name, SourceOptions(root=root), split)
-    return _load_entry_point(name)(split)
+def _opened(reader: DatasetReader, split: str) -> Any:
+    if reader.kind == "torchvision":
+        return _make_torchvision(reader.name, dict(reader.arguments), SourceOptions(root=reader.root), split)
+    return _load_entry_point(reader.name)(split)
 
 
 def _to_picture(image: Any) -> bytes | np.ndarray:
@@ -106,41 +116,84 @@ def _to_picture(image: Any) -> bytes | np.ndarray:
     return np.asarray(image)
 
 
-def open_torchvision(name: str, options: SourceOptions) -> Source:
-    """A torchvision class by name, if its items are (image, integer)."""
-    train = _make_torchvision(name, options, "train")
-    val = None if train is None else _make_torchvision(name, options, "val")
-    reader = DatasetReader("torchvision", name, options.root)
+def open_torchvision(words: str, options: SourceOptions) -> Source:
+    """A torchvision class by name, if its items are (image, integer); `NAME key=value ...` gives it arguments.
+
+    A split given so is the training split, from which validation is cut off, or both: `split=trainval,test`.
+    """
+    name, *rest = words.split() or [""]
+    arguments = dict(_argument(name, word) for word in rest)
+    root = str(Path(arguments.pop("root", options.root)).expanduser())
+    options = replace(options, root=root)
+    train = _make_torchvision(name, arguments, options, "train")
+    val = None if train is None else _make_torchvision(name, arguments, options, "val")
+    reader = DatasetReader("torchvision", name, root, tuple(arguments.items()))
     return _from_datasets(TORCHVISION + name, train, val, reader, options)
 
 
-def _make_torchvision(name: str, options: SourceOptions, split: str) -> Any:
+def _argument(name: str, word: str) -> tuple[str, Any]:
+    """key=value, where integers, true and false are what they look like."""
+    key, equals, value = word.partition("=")
+    if not equals or not key.isidentifier():
+        raise DataError(f"{TORCHVISION}{name}: {word} is not key=value. Way out: '{TORCHVISION}EMNIST split=letters'")
+    if re.fullmatch(r"-?\d+", value):
+        return key, int(value)
+    return key, {"true": True, "false": False}.get(value.lower(), value)
+
+
+def _make_torchvision(name: str, arguments: dict[str, Any], options: SourceOptions, split: str) -> Any:
     """None where the class has no such split."""
     from torchvision import datasets
 
     kind = getattr(datasets, name, None)
-    if name not in datasets.__all__ or kind is None:
+    if name not in datasets.__all__ or not inspect.isclass(kind):
         raise DataError(f"{TORCHVISION}{name}: torchvision has no such data set; {nearest(name, datasets.__all__)}")
-    accepted = inspect.signature(kind).parameters
-    fixed: dict[str, Any] = {"root": options.root, "download": options.download}
-    fixed = {key: value for key, value in fixed.items() if key in accepted}
-    for choice in _split_arguments(accepted, split):
+    accepted = _accepted(kind)
+    open_to_all = sorted(accepted - {"download", "loader", "is_valid_file", "extensions"})
+    unknown = sorted(set(arguments) - set(open_to_all))
+    if unknown:
+        raise DataError(f"{TORCHVISION}{name}: it takes no {unknown[0]}=. Way out: {', '.join(open_to_all)}")
+    given = {"root": options.root, "download": options.download, "loader": str} | arguments
+    fixed = {key: value for key, value in given.items() if key in accepted - _SPLITTING}
+    refused: ValueError | None = None
+    for choice in _split_arguments(accepted, arguments, split):
         try:
             return kind(**fixed, **choice)
-        except ValueError:  # no split of this name: try the next spelling
-            continue
-        except (RuntimeError, OSError, TypeError) as error:
+        except ValueError as error:  # no split of this name: try the next spelling
+            refused = error
+        except (RuntimeError, OSError, TypeError, ImportError) as error:
             raise DataError(
                 f"{TORCHVISION}{name}: {error}. Way out: --root FOLDER where it lies, or --download"
             ) from error
+    if refused and arguments:
+        raise DataError(f"{TORCHVISION}{name}: {refused}. Way out: mend its arguments") from refused
     return None
 
 
-def _split_arguments(accepted: Any, split: str) -> list[dict[str, Any]]:
-    if "train" in accepted:
-        return [{"train": split == "train"}]
-    if "split" in accepted:
-        return [{"split": name} for name in _SPLIT_NAMES[split]]
+def _accepted(kind: Any) -> set[str]:
+    """The names of its arguments, with those that it passes on to the class it extends."""
+    names: set[str] = set()
+    for cls in kind.__mro__[:-1]:
+        parameters = inspect.signature(cls).parameters
+        names |= set(parameters)
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            break
+    return names - {"kwargs", "transform", "target_transform", "transforms"}
+
+
+def _split_arguments(accepted: set[str], arguments: dict[str, Any], split: str) -> list[dict[str, Any]]:
+    """Which arguments may select this split; without one the data set is all training images."""
+    chosen = {key: str(value).split(",") for key, value in arguments.items() if key in _SPLIT_NAMES}
+    at = 0 if split == "train" else -1
+    if "train" in accepted and "train" not in arguments:
+        return [{"train": split == "train"} | {key: names[0] for key, names in chosen.items()}]
+    if "train" in arguments or chosen:
+        only = any(len(names) > 1 for names in chosen.values()) or split == "train"
+        fixed = {key: value for key, value in arguments.items() if key == "train"}
+        return [fixed | {key: names[at] for key, names in chosen.items()}] if only else []
+    for argument, names in _SPLIT_NAMES.items():
+        if argument in accepted:
+            return [{argument: name} for name in names[split]]
     return [{}] if split == "train" else []
 
 
@@ -174,9 +227,22 @@ def _from_datasets(name: str, train: Any, val: Any, read: DatasetReader, options
 
 def _items(name: str, dataset: Any, split: str) -> list[Item]:
     labels = _labels(name, dataset)
+    if isinstance(dataset[0][0], (str, Path)):
+        return [_file_item(f"{split}/{i:07d}", label, (split, i), dataset[i][0]) for i, label in enumerate(labels)]
     picture = _to_picture(dataset[0][0])
     estimate = len(picture if isinstance(picture, bytes) else encode_image(picture, "PNG", 95))
     return [Item(f"{split}/{i:07d}", label, (split, i), estimate, name) for i, label in enumerate(labels)]
+
+
+def _file_item(name: str, label: int, ref: tuple[str, int], image: Any) -> Item:
+    """An image that is a file is read without the data set; an entry point may mix files and pictures."""
+    if not isinstance(image, (str, Path)):
+        return Item(name, label, ref, 0, name)
+    path = os.path.abspath(image)
+    if not os.path.exists(path):
+        return Item(name, label, path, 0, name)
+    stat = os.stat(path)
+    return Item(name, label, path, stat.st_size, f"{stat.st_size}:{stat.st_mtime_ns}")
 
 
 def _labels(name: str, dataset: Any) -> list[int]:
