@@ -14,19 +14,29 @@ from orchestrator.errors import EXIT_DONE, EXIT_USER, DataError
 SHOWN = 20
 MIB = 1 << 20
 
-MAKE_EPILOG = """SOURCE is a folder (CLASS/*, or train/CLASS/* and val/CLASS/*), a tar, tar.gz or zip of such a
-folder, a CSV manifest (path,label[,split]), digits, synthetic, torchvision:NAME, or an entry point of
-orchestrator.datasets.
+MAKE_EPILOG = """SOURCE is one of
+  FOLDER                     CLASS/*, or train/CLASS/* and val/CLASS/*
+  x.tar  x.tar.gz  x.zip     an archive of such a folder
+  x.csv                      a manifest with the header path,label[,split]
+  x.parquet  FOLDER  'GLOB'  parquet files as on the Hugging Face hub, splits by the names of files and folders
+  FOLDER                     what Hugging Face's save_to_disk wrote
+  'torchvision:NAME [key=value ...]'   a class of torchvision.datasets with its own arguments;
+                             split=trainval,test names the training and the validation split
+  digits | synthetic | an entry point of orchestrator.datasets
+
 The same source and options give the same bytes; the same command again goes on where it was killed.
 
 examples:
   orchestrator shards make digits data/digits
   orchestrator shards make imagenet-1k/data data/imagenet          # parquet files of the Hugging Face hub
+  orchestrator shards make 'food101/data/train-*.parquet' data/food101 --image-column image --label-column label
   orchestrator shards make torchvision:CIFAR10 data/cifar10 --root ~/data --download
+  orchestrator shards make 'torchvision:FGVCAircraft split=trainval,test' data/aircraft --root ~/data
   orchestrator shards make photos.tar.gz data/photos --max-side 512 --quality 90 --on-bad skip --workers 8"""
 INDEX_EPILOG = """examples:
   orchestrator shards index /data/imagenet/train --classes imagenet_classes.txt
-  orchestrator shards index '/data/web/{00000..00099}.tar' --label label"""
+  orchestrator shards index '/data/web/{00000..00099}.tar' --label label
+  orchestrator shards index /data/img2dataset --label json:label     # a field of each sample's JSON member"""
 VERIFY_EPILOG = """examples:
   orchestrator shards verify data/digits
   orchestrator shards verify '/data/imagenet/train-{000000..000009}.tar' --json"""
@@ -44,7 +54,12 @@ def add_to(subparsers: Any) -> None:
     convert.add_arguments(_leaf(leaves, "convert", "write existing tars again, crop-ready", convert.EPILOG))
     index = _leaf(leaves, "index", "index tars that exist", INDEX_EPILOG)
     index.add_argument("location", metavar="FOLDER|PATTERN")
-    index.add_argument("--label", default="cls", metavar="EXT", help="extension of the members with the class number")
+    index.add_argument(
+        "--label",
+        default="cls",
+        metavar="EXT|json:FIELD",
+        help="members, or field of JSON members, with the class number",
+    )
     index.add_argument("--classes", metavar="FILE", help="class names: one to a line, or a JSON list")
     index.add_argument("--json", action="store_true")
     index.set_defaults(run=index_tars)
