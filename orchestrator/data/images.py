@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, JpegImagePlugin
+from PIL import Image, ImageFile, JpegImagePlugin
 
 from orchestrator.errors import DataError
 
@@ -154,6 +154,8 @@ def encode_image(pixels: np.ndarray, kind: str, quality: int, subsampling: int =
     buffer = io.BytesIO()
     image = Image.fromarray(pixels)
     if kind == "JPEG":
+        # Pillow optimises in a buffer of one byte a pixel, which noise without subsampling exceeds.
+        ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 4 * image.width * image.height)
         image.save(buffer, "JPEG", quality=quality, subsampling=subsampling, optimize=True)
     else:
         image.save(buffer, "PNG", optimize=False)

@@ -241,3 +241,9 @@ def test_encoded_gray_pixels_come_back_exactly():
     pixels, notes = decode_image(encode_image(values, "PNG", 95), LIMIT)
     assert notes == {"gray"}
     assert (pixels[..., 0] == values).all()
+
+
+@pytest.mark.parametrize("quality", [50, 90, 94, 95, 100])
+def test_noise_without_subsampling_is_encoded_at_every_quality(quality: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (352, 500, 3)).astype(np.uint8)
+    assert decode_image(encode_image(noise, "JPEG", quality), 10**6)[0].shape == noise.shape

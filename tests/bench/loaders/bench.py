@@ -19,6 +19,7 @@ from tests.bench.loaders.catalogue import LIMIT, LOADERS, REFERENCE
 OUT = sets.ROOT / "bench" / "out" / "loaders.json"
 ROUNDS = int(os.environ.get("LOADERS_ROUNDS", "5"))
 BATCHES = int(os.environ.get("LOADERS_BATCHES", "22"))
+OTHERS = [name for name in os.environ.get("LOADERS_OTHERS", "resume,remote").split(",") if name]
 WARM_UP = 8
 WORKERS = (1, 2)
 LONGEST_S = 300
@@ -40,7 +41,7 @@ def bench() -> dict[str, Any]:
             continue
         data = sets.make(name)
         results[name], absent["loaders"][name] = _measure(data, _prepare(data))
-        for other in ("resume", "remote"):
+        for other in OTHERS:
             results[name][other] = _other(other, data)
         OUT.parent.mkdir(parents=True, exist_ok=True)
         OUT.write_text(json.dumps(results, indent=2) + "\n")

@@ -82,5 +82,8 @@ LOADERS = {
         data="tfrecord",
         note="not antialiased",
     ),
+    "ffcv_rn50": Loader(
+        module="ffcv_rn50", title="FFCV, rn50 format", data="ffcv_rn50", note="half of the images raw: other pixels"
+    ),
     "ffcv": Loader(module="ffcv_beton", title="FFCV", data="ffcv", note="encoded anew at quality 95"),
 }

@@ -27,11 +27,16 @@ class _Images:
 
 def convert(data: Path, out: Path) -> None:
     """Quality 95: FFCV has no way to keep the bytes of a JPEG."""
+    write(data, out, write_mode="jpg", jpeg_quality=95)
+
+
+def write(data: Path, out: Path, **how: Any) -> None:
+    """Images as FFCV's field stores them when told `how`."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
     out.mkdir(parents=True, exist_ok=True)
-    fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=95), "label": IntField()}
+    fields = {"image": RGBImageField(**how), "label": IntField()}
     DatasetWriter(str(out / "train.beton"), fields, num_workers=1).from_indexed_dataset(_Images(photos.files(data)))
 
 

@@ -24,7 +24,7 @@ SIZES = ((500, 375), (500, 333), (375, 500), (500, 375), (640, 480), (333, 500),
 SHARDS = {
     "plain": ("--no-crop-ready",),
     "crop_ready": (),
-    "half": ("--short-side", "352", "--quality", "90", "--on-bad", "skip"),
+    "half": ("--short-side", "352", "--quality", "90"),
 }
 """Folder of a set -> how `shards make` writes it."""
 
@@ -39,7 +39,9 @@ def photos_folder() -> Path | None:
 def available() -> dict[str, str | None]:
     """Set -> why it cannot be had, or None."""
     missing = None if photos_folder() else "no imagenet-sample in $ORCHESTRATOR_TEST_DATA or ../shared/data"
-    return {"photos": missing, "synthetic": None}
+    reasons = {"photos": missing, "synthetic": None}
+    chosen = os.environ.get("LOADERS_SETS", ",".join(reasons)).split(",")
+    return {name: reason if name in chosen else "not in $LOADERS_SETS" for name, reason in reasons.items()}
 
 
 def make(name: str) -> Path:
