@@ -18,9 +18,9 @@ import numpy as np
 from orchestrator.errors import DataError
 
 ROWS_AT_ONCE = 256
-BYTES_AT_ONCE = 32 << 20
+BYTES_AT_ONCE = 8 << 20
 READ_AHEAD = 1 << 20
-"""Bytes of a column that are read at a time; without a limit it is the whole row group."""
+"""Bytes of a column that are read at a time; pyarrow would buffer all row groups of the file ahead."""
 _DAMAGED = "Way out: download this file again"
 
 
@@ -125,8 +125,8 @@ def _batches(path: Path, mapped: Any, columns: tuple[str, str]) -> Iterator[Any]
             with pa.ipc.open_stream(mapped) as stream:
                 yield from stream
             return
-        with pq.ParquetFile(path, buffer_size=READ_AHEAD, page_checksum_verification=True) as file:
-            yield from file.iter_batches(_rows_at_once(file.metadata), columns=list(columns))
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_AHEAD, page_checksum_verification=True) as file:
+            yield from file.iter_batches(_rows_at_once(file.metadata), columns=list(columns), use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: damaged ({error}). {_DAMAGED}") from error
 
