@@ -203,7 +203,10 @@ def convert_shard(task: ConvertTask, tick: Callable[[], None], stopped: Callable
 
     with replacing(path) as file:
         rewrite_tar(source, file, IMAGE_EXTENSIONS, change)
-    described = asdict(describe_tar(path, task.source.label)) | {"digest": task.digest, "converted": seen.converted}
+    described = asdict(describe_tar(path, task.source.label, task.source.classes)) | {
+        "digest": task.digest,
+        "converted": seen.converted,
+    }
     own = {name: getattr(seen, name) for name in ("images", "left", "bytes_before", "bytes_after", "damaged")}
     facts = ConvertedFacts(**described, **own)
     write_json(facts_path(path), asdict(facts))

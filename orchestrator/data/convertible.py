@@ -21,6 +21,7 @@ class SourceTar:
     label: str
     sha256: str
     stamp: int
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def _indexed(location: str, folder: Path, tars: list[Path]) -> SourceSet:
     for tar in wanted:
         require_size(tar, known[tar])
     shards = [known[tar] for tar in wanted]
-    found = tuple(SourceTar(s.location, s.filesize, s.label, s.sha256, 0) for s in shards)
+    found = tuple(SourceTar(s.location, s.filesize, s.label, s.sha256, 0, s.classes) for s in shards)
     return SourceSet(index.name, folder, found, sum(shard.nsamples for shard in shards), index.classes)
 
 

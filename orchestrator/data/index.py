@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from orchestrator.data.labels import number_of, read_label, split_label
 from orchestrator.data.members import (
     BLOCK,
     IMAGE_EXTENSIONS,
@@ -30,8 +31,6 @@ INDEX_NAME = "shards.json"
 SCHEMA = 1
 KIND = "wids-shard-index-v1"
 
-_LONGEST_LABEL = 20
-_LONGEST_JSON = 16 << 20
 _KINDS = "jpg, jpeg, png or webp"
 _MAKE = (
     "Way out: `orchestrator shards make SOURCE OUT` packs images, `orchestrator shards index` indexes tars that exist"
@@ -44,7 +43,8 @@ _REINDEX = "Way out: `orchestrator shards index` writes it again"
 class Shard:
     """One tar of a set; `location` is an absolute path or a URL.
 
-    `label` is the extension of the members with labels, or json:FIELD, a field of the samples' JSON members.
+    `label` is the extension of the members with labels, or json:FIELD, a field of the samples' JSON members; labels are
+    class numbers, or names among `classes`.
     """
 
     location: str
@@ -52,6 +52,7 @@ class Shard:
     filesize: int
     sha256: str
     label: str = "cls"
+    classes: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -167,21 +168,21 @@ def _read_file(path: Path) -> bytes:
 
 
 def _build(index_at: str, body: dict[str, Any]) -> ShardIndex:
-    shards = tuple(_shard(index_at, entry) for entry in body["shardlist"])
     classes = tuple(str(name) for name in body["classes"])
+    shards = tuple(_shard(index_at, entry, classes) for entry in body["shardlist"])
     counts = tuple(int(count) for count in body["class_counts"])
     if len(classes) != len(counts):
         raise ValueError(f"{len(classes)} classes but {len(counts)} class_counts")
     return ShardIndex(index_at, str(body.get("name", "")), shards, classes, counts)
 
 
-def _shard(index_at: str, entry: dict[str, Any]) -> Shard:
+def _shard(index_at: str, entry: dict[str, Any], classes: tuple[str, ...]) -> Shard:
     url = str(entry["url"])
     if not is_url(url):
         folder = os.path.dirname(index_at)
         url = beside(index_at, url) if is_url(index_at) else os.path.normpath(os.path.join(folder, url))
     label = str(entry.get("label", "cls"))
-    return Shard(url, int(entry["nsamples"]), int(entry["filesize"]), str(entry["sha256"]), label)
+    return Shard(url, int(entry["nsamples"]), int(entry["filesize"]), str(entry["sha256"]), label, classes)
 
 
 def _select(index: ShardIndex, pattern: list[str]) -> ShardIndex:
@@ -201,7 +202,7 @@ def load_members(path: Path, shard: Shard) -> Members:
     Raises DataError where the index is stale or samples are not one image and one `cls` label each.
     """
     require_size(path, shard)
-    members = read_members(path, shard.label)
+    members = read_members(path, shard.label, shard.classes)
     if len(members.keys) != shard.nsamples:
         raise _stale(path, f"{len(members.keys):,} samples, the index says {shard.nsamples:,}")
     return members
@@ -218,18 +219,19 @@ def _stale(path: Path, what: str) -> DataError:
     return DataError(f"index stale: {path} has {what}. Way out: `orchestrator shards index {path.parent}`")
 
 
-def read_members(path: Path, label: str) -> Members:
+def read_members(path: Path, label: str, classes: Sequence[str] = ()) -> Members:
     """Like `load_members` for a tar that no index describes yet."""
+    numbers = {name: i for i, name in enumerate(classes)}
     with path.open("rb") as file:
         samples = read_idx(path.with_suffix(".idx"), os.fstat(file.fileno()).st_size)
         if samples is not None and all(_header_agrees(file.fileno(), sample, label) for sample in samples):
-            return _collect(path, file.fileno(), samples, label)
-        return _collect(path, file.fileno(), group_samples(scan_members(path)), label)
+            return _collect(path, file.fileno(), samples, (label, numbers))
+        return _collect(path, file.fileno(), group_samples(scan_members(path)), (label, numbers))
 
 
 def _header_agrees(fd: int, sample: list[Member], label: str) -> bool:
     """An `.idx` of an older tar of the same size points at bytes whose header has another name or size."""
-    extension = label.partition(":")[0]
+    extension, _ = split_label(label)
     for member in sample:
         if member.extension == extension:
             header = os.pread(fd, BLOCK, member.offset - BLOCK)
@@ -238,11 +240,12 @@ def _header_agrees(fd: int, sample: list[Member], label: str) -> bool:
     return True
 
 
-def _collect(path: Path, fd: int, samples: Iterable[list[Member]], label: str) -> Members:
+def _collect(path: Path, fd: int, samples: Iterable[list[Member]], label: tuple[str, Mapping[str, int]]) -> Members:
     keys, extensions, rows, faults = [], [], [], []
     for sample in samples:
         try:
-            image, number = _image_and_label(fd, sample, label)
+            image, text = read_sample(fd, sample, label[0])
+            number = number_of(text, label[1])
         except ValueError as error:
             faults.append(f"sample {sample[0].key} at byte {sample[0].offset:,}: {error}")
             continue
@@ -259,35 +262,13 @@ def _collect(path: Path, fd: int, samples: Iterable[list[Member]], label: str) -
     return Members(keys, columns[0], columns[1], columns[2], extensions)
 
 
-def _image_and_label(fd: int, sample: list[Member], label: str) -> tuple[Member, int]:
+def read_sample(fd: int, sample: list[Member], label: str) -> tuple[Member, str]:
+    """The member that is the image, and the label as it stands there; raises ValueError without one of each."""
     images = [member for member in sample if member.extension in IMAGE_EXTENSIONS]
-    extension, _, field = label.partition(":")
+    extension, inside = split_label(label)
     labels = [member for member in sample if member.extension == extension]
     if len(images) != 1 or len(labels) != 1:
         found = ", ".join(member.extension for member in sample)
         what = f"{len(labels)} {extension} labels" if len(images) == 1 else f"{len(images)} images of {_KINDS}"
         raise ValueError(f"{what}, must be 1; it has {found}")
-    return images[0], _read_field(fd, labels[0], field) if field else _read_label(fd, labels[0])
-
-
-def _read_field(fd: int, member: Member, field: str) -> int:
-    """The class number in a JSON object, as a number or its digits."""
-    try:
-        body = json.loads(os.pread(fd, min(member.size, _LONGEST_JSON), member.offset))
-    except ValueError as error:
-        raise ValueError(f"{member.extension} is not JSON ({error})") from error
-    if not isinstance(body, dict) or field not in body:
-        fields = ", ".join(map(str, body)) if isinstance(body, dict) else "none"
-        raise ValueError(f"JSON has no field {field}; its fields: {fields}")
-    number = body[field]
-    if isinstance(number, (bool, float)) or not str(number).strip().isdecimal() or int(number) >= 2**63:
-        raise ValueError(f"{field} {number!r} is not an integer from 0 up")
-    return int(number)
-
-
-def _read_label(fd: int, member: Member) -> int:
-    text = os.pread(fd, min(member.size, _LONGEST_LABEL + 1), member.offset)
-    digits = text.strip()
-    if not digits.isdigit() or len(text) > _LONGEST_LABEL or int(digits) >= 2**63:
-        raise ValueError(f"label {text[:_LONGEST_LABEL]!r} is not an integer from 0 up")
-    return int(digits)
+    return images[0], read_label(fd, labels[0], inside)

@@ -8,14 +8,16 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from orchestrator.data.images import SHARD_FORMATS
-from orchestrator.data.index import INDEX_NAME, Members, read_body, read_members
+from orchestrator.data.index import INDEX_NAME, Members, read_body, read_members, read_sample
+from orchestrator.data.labels import is_number
 from orchestrator.data.members import group_samples, list_first, scan_members, write_idx
 from orchestrator.data.pack import ShardFacts
 from orchestrator.data.remote import is_url
@@ -68,16 +70,17 @@ def index_tars(
 ) -> tuple[Path, dict[str, Any]]:
     """Write `.idx` and sums beside each tar and `shards.json` beside them all; returns its folder and content.
 
-    `label` is the extension of the members that hold the class number, or json:FIELD of JSON members. Class names come
-    from the file, else from an older index that has enough of them, else they are the numbers. Raises DataError.
+    `label` is the extension of the members that hold the class number or name, or json:FIELD of JSON members. Class
+    names come from the file, else from an older index that has enough of them, else they are the names that stand in
+    the tars in alphabetical order, or the numbers. Raises DataError.
     """
     label = normal_label(label)
     tars = find_tars(location)
     folder = tars[0].parent
-    names = read_classes(Path(classes_file)) if classes_file else None
+    names = read_classes(Path(classes_file)) if classes_file else _names_in(folder, tars, label)
     shards = []
     for tar in tars:
-        shards.append(describe_tar(tar, label))
+        shards.append(describe_tar(tar, label, names or ()))
         advance(1)
     highest = max((int(number) for shard in shards for number in shard.class_counts), default=-1)
     if names is not None and len(names) <= highest:
@@ -104,6 +107,28 @@ def normal_label(label: str) -> str:
     return f"{extension}{colon}{field}"
 
 
+def _names_in(folder: Path, tars: list[Path], label: str) -> tuple[str, ...] | None:
+    """The labels if they are names, or the classes of an older index that has them all; None where they are numbers.
+
+    Raises DataError for names among numbers.
+    """
+    names: set[str] = set()
+    for tar in tars:
+        with tar.open("rb") as file:
+            for sample in group_samples(scan_members(tar)):
+                with suppress(ValueError):  # told with all others when the tar is described
+                    names.add(read_sample(file.fileno(), sample, label)[1])
+                if len(names) == 1 and is_number(next(iter(names))):
+                    return None
+    mixed = sorted(filter(is_number, names))
+    if mixed:
+        raise DataError(
+            f"{folder}: labels are names, but {', '.join(mixed[:5])} are numbers. Way out: one kind, or another --label"
+        )
+    older = _names_of_older_index(folder, len(names) - 1) or ()
+    return older if names <= set(older) else tuple(sorted(names))
+
+
 def _names_of_older_index(folder: Path, highest: int) -> tuple[str, ...] | None:
     """Indexing again after a change must not turn names into numbers."""
     if not (folder / INDEX_NAME).exists():
@@ -115,7 +140,7 @@ def _names_of_older_index(folder: Path, highest: int) -> tuple[str, ...] | None:
     return tuple(map(str, classes)) if isinstance(classes, list) and len(classes) > highest else None
 
 
-def describe_tar(tar: Path, label: str) -> ShardFacts:
+def describe_tar(tar: Path, label: str, classes: Sequence[str] = ()) -> ShardFacts:
     """What one tar holds, from the tar alone: an `.idx` that lies there is replaced, not believed."""
     samples = list(group_samples(scan_members(tar)))
     idx = tar.with_suffix(".idx")
@@ -124,7 +149,7 @@ def describe_tar(tar: Path, label: str) -> ShardFacts:
         if not any(" " in member.name for sample in samples for member in sample):
             write_idx(idx, samples)
         write_sums(tar)
-    members = read_members(tar, label)
+    members = read_members(tar, label, classes)
     counts = Counter(str(number) for number in members.label.tolist())
     return ShardFacts(
         file=tar.name,

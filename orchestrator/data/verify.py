@@ -51,7 +51,7 @@ def _verify_shard(
     try:
         path = local_path(shard)
         faults = _check_file(path, shard)
-        members = read_members(path, shard.label)
+        members = read_members(path, shard.label, shard.classes)
     except DataError as error:
         advance(shard.nsamples)
         return [Fault(shard.location, str(error))], []

@@ -24,6 +24,7 @@ from PIL import Image
 
 from orchestrator.cli.main import main
 from orchestrator.config import DataConfig
+from orchestrator.data.crop_ready import is_available
 from orchestrator.data.index import load_index, load_members
 from orchestrator.data.indexing import index_tars
 from orchestrator.data.members import read_idx
@@ -42,6 +43,7 @@ SAMPLES = 12
 CLASSES = 3
 LONG = "n" * 90 + "/" + "m" * 120
 
+needs_kernel = pytest.mark.skipif(not is_available(), reason="no compiled kernel here")
 no_warning_of_others = pytest.mark.filterwarnings("ignore")
 
 
@@ -139,6 +141,23 @@ def by_img2dataset(folder: Path) -> list[Sample]:
     return samples()
 
 
+def by_names(extension: str) -> Callable[[Path], list[Sample]]:
+    """Class names where others write numbers: in a text member, or in a field of JSON."""
+
+    def write(folder: Path) -> list[Sample]:
+        names = ("ant", "bee", "cow über")
+        members: list[tuple[str, bytes]] = []
+        for one in samples():
+            name = names[one.label]
+            content = f"{name}\n" if extension == "txt" else json.dumps({"class": name, "label": 9})
+            members += [(f"{one.key}.jpg", one.image), (f"{one.key}.{extension}", content.encode())]
+        write_plain(folder / "x-0.tar", members[:8])
+        write_plain(folder / "x-1.tar", members[8:])
+        return samples()
+
+    return write
+
+
 def by_hugging_face(folder: Path) -> list[Sample]:
     """As data sets on the hub come: upper case, folders with dots, metadata at the root, a mask of each image."""
     members = [("README", b"no extension")]
@@ -163,6 +182,8 @@ MAKERS: dict[str, tuple[Callable[[Path], list[Sample]], str]] = {
     "webdataset.ShardWriter": (by_shard_writer, "cls"),
     "webdataset.TarWriter": (by_tar_writer, "cls"),
     "img2dataset": (by_img2dataset, "json:label"),
+    "names in .txt": (by_names("txt"), "txt"),
+    "names in JSON": (by_names("json"), "json:class"),
     "Hugging Face": (by_hugging_face, "cls"),
 }
 
@@ -206,18 +227,23 @@ def test_webdataset_finds_the_same_samples_in_them(foreign: tuple[Path, str, lis
 
 
 def test_the_command_line_indexes_verifies_and_shows_them(foreign: tuple[Path, str, list[Sample]]) -> None:
-    folder, label, _ = foreign
-    (folder / "names.txt").write_text("cat\ndog\nfox\n")
-    names = ["--classes", str(folder / "names.txt")]
+    folder, label, expected = foreign
+    wanted = ("cow über", "bee", "ant") if label in ("txt", "json:class") else ("cat", "dog", "fox")
+    (folder / "names.list").write_text("\n".join(wanted))
+    names = ["--classes", str(folder / "names.list")]
     assert main(["shards", "index", str(folder), "--label", label, *names]) == 0
     assert main(["shards", "verify", str(folder)]) == 0
     assert main(["shards", "inspect", str(folder), "--png", str(folder / "sheet.png")]) == 0
-    assert load_index(str(folder)).classes == ("cat", "dog", "fox")
+    assert load_index(str(folder)).classes == wanted
+    assert [3 - 1 - one.label if "ant" in wanted else one.label for one in read_back(folder)] == [
+        one.label for one in expected
+    ]
     assert (folder / "sheet.png").stat().st_size
 
 
 def test_training_reads_each_of_their_samples_once(foreign: tuple[Path, str, list[Sample]], config: DataConfig) -> None:
     folder, label, expected = foreign
+    (folder / "shards.json").unlink(missing_ok=True)  # whose class names it would keep
     index_tars(str(folder), label, None, lambda _: None)
     index = load_index(str(folder))
     plan = TrainPlan(tuple(shard.nsamples for shard in index.shards), SEED, 5, 2)
@@ -230,6 +256,16 @@ def test_training_reads_each_of_their_samples_once(foreign: tuple[Path, str, lis
     assert sorted(seen) == [(i, sample.label) for i, sample in enumerate(expected)]
 
 
+@needs_kernel
+def test_conversion_keeps_class_names_where_they_stand(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    expected = by_names("json")(tmp_path / "in")
+    assert main(["shards", "index", str(tmp_path / "in"), "--label", "json:class"]) == 0
+    assert main(["shards", "convert", str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert [one.label for one in read_back(tmp_path / "out")] == [one.label for one in expected]
+    assert load_index(str(tmp_path / "out")).classes == ("ant", "bee", "cow über")
+
+
 @pytest.mark.parametrize(
     ("members", "label", "fault"),
     [
@@ -238,8 +274,25 @@ def test_training_reads_each_of_their_samples_once(foreign: tuple[Path, str, lis
         ([("a.1.jpg", b"x"), ("a.1.cls", b"1")], "cls", r"its key ends at the first dot"),
         ([("a.jpg", b"x"), ("a.json", b"{'label': 1}")], "json:label", "json is not JSON"),
         ([("a.jpg", b"x"), ("a.json", b'{"class": 1}')], "json:label", "no field label; its fields: class"),
-        ([("a.jpg", b"x"), ("a.json", b'{"label": 1.5}')], "json:label", r"label 1\.5 is not an integer"),
-        ([("a.jpg", b"x"), ("a.json", b'{"label": true}')], "json:label", "label True is not an integer"),
+        (
+            [("a.jpg", b"x"), ("a.json", b'{"label": 1.5}')],
+            "json:label",
+            r"label 1\.5 is neither an integer from 0 up nor a name",
+        ),
+        (
+            [("a.jpg", b"x"), ("a.json", b'{"label": true}')],
+            "json:label",
+            "label True is neither an integer from 0 up nor a name",
+        ),
+        ([("a.jpg", b"x"), ("a.json", b'{"label": "-1"}')], "json:label", "label '-1' is not an integer from 0 up"),
+        ([("a.jpg", b"x"), ("a.json", b'{"label": ["cat"]}')], "json:label", r"label \['cat'\] is neither"),
+        ([("a.jpg", b"x"), ("a.cls", b"-1")], "cls", "label b'-1' is not an integer from 0 up"),
+        ([("a.jpg", b"x"), ("a.cls", b"cat"), ("b.jpg", b"x"), ("b.cls", b"7")], "cls", "labels are names, but 7"),
+        (
+            [("a.jpg", b"x"), ("a.cls", b"7"), ("b.jpg", b"x"), ("b.cls", b"cat")],
+            "cls",
+            "label 'cat' is not an integer",
+        ),
         ([("a.jpg", b"x"), ("b.jpg", b"x"), ("a.cls", b"1"), ("b.cls", b"1")], "cls", r"tar --sort=name"),
     ],
 )

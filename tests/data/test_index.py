@@ -147,7 +147,7 @@ def test_the_idx_of_an_older_tar_of_equal_size_is_not_believed(tmp_path: Path):
         ([("a.jpg", b"x")], "0 cls labels"),
         ([("a.jpg", b"x"), ("a.png", b"y"), ("a.cls", b"1")], "2 images"),
         ([("a.jpg", b"x"), ("a.cls", b"-1")], "label b'-1' is not an integer from 0 up"),
-        ([("a.jpg", b"x"), ("a.cls", b"cat")], "label b'cat'"),
+        ([("a.jpg", b"x"), ("a.cls", b"cat")], "label 'cat'"),
         ([("a.jpg", b"x"), ("a.cls", b"")], "label b''"),
         ([("a.jpg", b"x"), ("a.cls", b"9" * 30)], "label b'99999"),
     ],
