@@ -51,6 +51,8 @@ class Batch(NamedTuple):
     """Training: samples of the whole step over all ranks. Evaluation: of this batch."""
     skipped: int
     """Samples that `data.on_bad=skip` and `data.on_damage=quarantine` left out of this batch."""
+    draws: torch.Tensor | None = None
+    """(B,) int64 sample number x data.repeats + copy, which tells copies apart; None: the sample numbers do."""
 
 
 class Request(NamedTuple):
@@ -77,6 +79,7 @@ class Filled(NamedTuple):
     step_size: int
     skipped: int
     counts: Counts = Counts()
+    draws: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,15 +185,17 @@ class Filler:
         self._finish.finish(images[:count], request)
         labels, ids = np.zeros(request.rows, np.int64), np.full(request.rows, PAD, np.int64)
         labels[:count], ids[:count] = found.labels, request.ids
+        drawn = np.full(request.rows, PAD, np.int64)
+        drawn[:count] = request.ids * self._split.config.repeats + request.copies
         images[count:] = 0
         if faults:
             self._require_skipping(faults, request)
         missing = faults.keys() | set(np.flatnonzero(found.lost).tolist())
         if missing:
-            rows = _leave_out(missing, images, labels, ids, count)
-            labels, ids = labels[:rows], ids[:rows]
+            rows = _leave_out(missing, (images, labels, ids, drawn), count)
+            labels, ids, drawn = labels[:rows], ids[:rows], drawn[:rows]
         counts = self._reader.take_counts()
-        return Filled(self._worker, slot, request.size, labels, ids, request.step_size, len(missing), counts)
+        return Filled(self._worker, slot, request.size, labels, ids, request.step_size, len(missing), counts, drawn)
 
     def _require_labels(self, labels: np.ndarray, request: Request) -> None:
         wrong = np.flatnonzero(labels >= self._split.num_classes)
@@ -212,13 +217,17 @@ class Filler:
         )
 
 
-def _leave_out(missing: set[int], images: np.ndarray, labels: np.ndarray, ids: np.ndarray, count: int) -> int:
-    """Move the good rows together; returns how many rows the batch has: all of them where none is good or some pad."""
+def _leave_out(missing: set[int], columns: tuple[np.ndarray, ...], count: int) -> int:
+    """Move the good rows of images, labels, ids and draws together; returns how many rows the batch has.
+
+    These are all rows where none is good or some pad.
+    """
     good = np.array([row for row in range(count) if row not in missing], int)
-    for array, rest in ((images, 0), (labels, 0), (ids, PAD)):
-        array[: len(good)] = array[good]
-        array[len(good) :] = rest
-    return len(good) if len(good) and count == len(ids) else len(ids)
+    for column, rest in zip(columns, (0, 0, PAD, PAD), strict=True):
+        column[: len(good)] = column[good]
+        column[len(good) :] = rest
+    rows = len(columns[0])
+    return len(good) if len(good) and count == rows else rows
 
 
 def open_reader(work: Work) -> ShardReader:
@@ -328,7 +337,8 @@ class Transfer:
             labels = labels.to(self._device)
             self._copies.append(torch.cuda.Event())
             self._copies[-1].record()
-        return Batch(images, labels, ids, item.step_size, item.skipped)
+        drawn = ids if item.draws is None else torch.from_numpy(item.draws)
+        return Batch(images, labels, ids, item.step_size, item.skipped, drawn)
 
 
 def _cuda() -> Any:

@@ -83,17 +83,6 @@ def erase_rectangles(numbers: np.ndarray, probability: float, width: int, height
     return np.where(erased[:, None], found, 0).astype(np.int64)
 
 
-def occurrences(ids: np.ndarray) -> np.ndarray:
-    """How often each number came before, (n,) int64: tells the copies of a sample apart."""
-    order = np.argsort(ids, kind="stable")
-    place = np.arange(len(ids))
-    is_first = np.ones(len(ids), bool)
-    is_first[1:] = ids[order][1:] != ids[order][:-1]
-    found = np.empty(len(ids), np.int64)
-    found[order] = place - np.maximum.accumulate(np.where(is_first, place, 0))
-    return found
-
-
 class Prepare(nn.Module):
     """uint8 images to the network's floats: one multiply-add, one pass for rectangles, one for partners."""
 
@@ -160,7 +149,10 @@ class Mixing(nn.Module):
     def forward(
         self, images: torch.Tensor, labels: torch.Tensor, ids: torch.Tensor, step: int, part: int
     ) -> tuple[torch.Tensor, Targets]:
-        """`ids` (B,) lie on the host; rows that only fill a batch up (negative, at its end) are not mixed."""
+        """`ids` (B,) lie on the host and tell copies of a sample apart.
+
+        Rows that only fill a batch up (negative ids, at its end) are not mixed.
+        """
         numbers, (height, width), device = ids.numpy(), images.shape[2:], images.device
         rows = int((numbers >= 0).sum())
         rng = keyed_rng(self._seed, step, part, "mix")
@@ -174,7 +166,7 @@ class Mixing(nn.Module):
     def _rectangles(self, ids: np.ndarray, step: int, width: int, height: int) -> torch.Tensor | None:
         if not self._recipe.erase:
             return None
-        own = draws((self._seed, step, "erase"), ids, occurrences(ids), ERASE_BLOCKS)
+        own = draws((self._seed, step, "erase"), ids, np.zeros_like(ids), ERASE_BLOCKS)
         return torch.from_numpy(erase_rectangles(own, self._recipe.erase, width, height))
 
     def _placed(self, mix: Mix | None, device: torch.device) -> Mix | None:

@@ -74,7 +74,7 @@ class Classifier(pl.LightningModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Keep the sample numbers readable on the host: asking the device for them would wait for it."""
-        self._host_ids = batch.ids
+        self._host_draws = batch.ids if batch.draws is None else batch.draws
         return batch
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -90,9 +90,10 @@ class Classifier(pl.LightningModule):
     def _prepare(self, batch: Any, batch_idx: int) -> tuple[torch.Tensor, Targets]:
         if self.mixing is None:
             return self.normalise(batch.images), Targets(batch.labels)
-        ids = batch.ids if batch.ids.device.type == "cpu" else self._host_ids
+        drawn = batch.ids if batch.draws is None else batch.draws
+        drawn = drawn if drawn.device.type == "cpu" else self._host_draws
         step, part = divmod(self._unit(batch_idx), self.config.recipe.accumulate)
-        return self.mixing(batch.images, batch.labels, ids, step, part)
+        return self.mixing(batch.images, batch.labels, drawn, step, part)
 
     @torch.no_grad()
     def _count(

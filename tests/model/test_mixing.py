@@ -29,7 +29,6 @@ from orchestrator.model.mixing import (
     draw_mix,
     erase_rectangles,
     mixes,
-    occurrences,
     targets_of,
 )
 from orchestrator.options import Loss
@@ -210,11 +209,6 @@ def test_rectangles_have_torchvisions_shares_and_ratios_at_the_given_rate(probab
 def test_images_too_small_for_a_rectangle_are_left_alone() -> None:
     left, top, right, bottom = rectangles_of(50, 1.0, 1, 1).T
     assert not ((right - left) * (bottom - top)).any()
-
-
-def test_copies_of_a_sample_are_told_apart() -> None:
-    assert occurrences(np.array([5, 5, 9, 5, 9, 1])).tolist() == [0, 1, 0, 2, 1, 0]
-    assert occurrences(np.array([], np.int64)).tolist() == []
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import torch
 from test_module import CLASSES, make_batch, make_module
 from torch.nn import functional as F
 
+from orchestrator.data.stream import Batch
 from orchestrator.model.loss import soft_targets
-from orchestrator.model.mixing import Mixing
 from orchestrator.model.module import Classifier, count_hits
 
 COUNT, UNITS = 12, 12
@@ -51,11 +51,18 @@ def test_hits_of_a_mixed_step_are_those_of_the_label_with_the_larger_share() -> 
     assert differing
 
 
-@pytest.mark.parametrize("repeats", [2, 4])
-def test_copies_of_a_sample_that_meet_in_a_part_are_erased_apart(repeats: int) -> None:
-    mixing = Mixing(make_module(overrides=("recipe.erase=1.0",)).config)
-    images = torch.full((5 * repeats, 3, 48, 48), 200, dtype=torch.uint8)
-    ids = torch.arange(5).repeat_interleave(repeats)
-    pixels, _ = mixing(images, ids, ids, 3, 0)
-    for copies in pixels.split(repeats):
+@pytest.mark.parametrize("border", [3, 5, 8])
+def test_copies_of_a_sample_are_erased_apart_and_alike_on_both_sides_of_a_ranks_border(border: int) -> None:
+    module = make_module(overrides=("recipe.erase=1.0",))
+    images, repeats = torch.full((12, 3, 48, 48), 200, dtype=torch.uint8), 4
+    ids = torch.arange(3).repeat_interleave(repeats)
+    drawn = ids * repeats + torch.arange(repeats).repeat(3)
+
+    def prepared(rows: slice) -> torch.Tensor:
+        batch = Batch(images[rows], ids[rows], ids[rows], 12, 0, drawn[rows])
+        return module._prepare(module.on_before_batch_transfer(batch, 0), 0)[0]
+
+    whole = prepared(slice(None))
+    for copies in whole.split(repeats):
         assert len({copy.numpy().tobytes() for copy in copies}) == repeats
+    assert torch.equal(torch.cat([prepared(slice(border)), prepared(slice(border, None))]), whole)

@@ -198,7 +198,7 @@ class TestFit:
         fit(first, 1, range(STEPS))
         torch.rand(3)
         fit(again, 1, range(STEPS))
-        assert torch.equal(first._host_ids, torch.arange(60, 72))
+        assert torch.equal(first._host_draws, torch.arange(60, 72))
         for a, b in zip(first.net.parameters(), again.net.parameters(), strict=True):
             assert torch.equal(a, b)
 
