@@ -175,6 +175,8 @@ def index_tars(args: argparse.Namespace) -> int:
         return EXIT_DONE
     samples = sum(shard["nsamples"] for shard in body["shardlist"])
     note(f"{folder}/shards.json: {samples:,} samples, {len(body['classes'])} classes, {len(body['shardlist'])} shards")
+    if ignored := body.get("ignored_members"):
+        note("left unread: " + ", ".join(f"{number:,} {extension}" for extension, number in ignored.items()))
     return EXIT_DONE
 
 
@@ -241,6 +243,7 @@ def _describe(index: Any, body: dict[str, Any]) -> dict[str, Any]:
         "size_histogram": body.get("size_histogram", {}),
         "converted": body.get("converted", {}),
         "skipped": body.get("skipped", 0),
+        "ignored_members": body.get("ignored_members", {}),
         "shards": [
             {"location": s.location, "samples": s.nsamples, "bytes": s.filesize, "sha256": s.sha256}
             for s in index.shards

@@ -17,8 +17,8 @@ from PIL import Image
 
 from orchestrator.data.images import SHARD_FORMATS
 from orchestrator.data.index import INDEX_NAME, Members, read_body, read_members, read_sample
-from orchestrator.data.labels import is_number
-from orchestrator.data.members import group_samples, list_first, scan_members, write_idx
+from orchestrator.data.labels import is_number, split_label
+from orchestrator.data.members import IMAGE_EXTENSIONS, Member, group_samples, list_first, scan_members, write_idx
 from orchestrator.data.pack import ShardFacts
 from orchestrator.data.remote import is_url
 from orchestrator.data.shardset import index_body, write_index
@@ -159,7 +159,13 @@ def describe_tar(tar: Path, label: str, classes: Sequence[str] = ()) -> ShardFac
         sha256=hash_file(tar),
         class_counts=dict(counts),
         sizes=_image_sizes(tar, members),
+        ignored=_count_others(samples, split_label(label)[0]),
     )
+
+
+def _count_others(samples: list[list[Member]], label: str) -> dict[str, int]:
+    used = {*IMAGE_EXTENSIONS, label}
+    return dict(Counter(member.extension for sample in samples for member in sample if member.extension not in used))
 
 
 def _image_sizes(tar: Path, members: Members) -> dict[str, int]:

@@ -91,7 +91,9 @@ def group_samples(members: Iterable[Member]) -> Iterator[list[Member]]:
 def write_idx(path: Path, samples: list[list[Member]]) -> None:
     """Write what DALI's wds2idx does: `v1.2 N`, then `extension offset size name` of each member, a line per sample."""
     lines = [f"{IDX_VERSION} {len(samples)}"]
-    lines += [" ".join(f"{m.extension} {m.offset} {m.size} {m.name}" for m in sample) for sample in samples]
+    lines += [
+        " ".join(f"{m.name[len(m.key) + 1 :]} {m.offset} {m.size} {m.name}" for m in sample) for sample in samples
+    ]  # the extension as it is written: DALI tells JPEG from jpeg
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -87,6 +87,8 @@ class ShardFacts:
     sizes: dict[str, int] = field(default_factory=dict)
     converted: dict[str, int] = field(default_factory=dict)
     bad: list[str] = field(default_factory=list)
+    ignored: dict[str, int] = field(default_factory=dict)
+    """Members by extension that are neither images nor labels."""
 
 
 def store_image(picture: bytes | np.ndarray, rules: ImageRules) -> Stored:

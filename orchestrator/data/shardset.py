@@ -15,7 +15,8 @@ MOST_SIZES = 40
 def index_body(name: str, classes: tuple[str, ...], shards: list[ShardFacts]) -> dict[str, Any]:
     """wids' own form plus sha256, class counts and what was converted or left out; shards without samples stay out."""
     counts = add_counts([shard.class_counts for shard in shards])
-    return {
+    ignored = add_counts([shard.ignored for shard in shards])
+    body = {
         "schema": SCHEMA,
         "__kind__": KIND,
         "wids_version": 1,
@@ -31,6 +32,7 @@ def index_body(name: str, classes: tuple[str, ...], shards: list[ShardFacts]) ->
         "converted": add_counts([shard.converted for shard in shards]),
         "skipped": sum(len(shard.bad) for shard in shards),
     }
+    return body | {"ignored_members": ignored} if ignored else body
 
 
 def write_index(folder: Path, body: dict[str, Any]) -> None:

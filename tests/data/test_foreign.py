@@ -196,6 +196,26 @@ def foreign(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return folder, label, write(folder)
 
 
+OTHERS = {
+    "webdataset.ShardWriter": {"json": 12},
+    "webdataset.TarWriter": {"txt": 12},
+    "img2dataset": {"txt": 12},
+    "Hugging Face": {"seg.png": 12},
+}
+
+
+def test_members_that_are_left_unread_are_counted(
+    request: pytest.FixtureRequest, foreign: tuple[Path, str, list[Sample]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, label, _ = foreign
+    assert main(["shards", "index", str(folder), "--label", label]) == 0
+    others = OTHERS.get(request.node.callspec.params["foreign"], {})
+    assert json.loads((folder / "shards.json").read_text()).get("ignored_members", {}) == others
+    said = capsys.readouterr().err
+    assert ("left unread" in said) == bool(others)
+    assert all(f"{number} {extension}" in said for extension, number in others.items())
+
+
 def read_back(folder: Path) -> list[Sample]:
     found = []
     for shard in load_index(str(folder)).shards:
@@ -344,18 +364,36 @@ def entries_of_tar_program(path: str) -> Iterator[tuple[str, int]]:
     yield from ((name, start + 512) for name, start in found if not name.startswith("**"))
 
 
+def words_of_idx(tar: str) -> list[list[str]]:
+    """`v1.2 SAMPLES`, then a line per sample with four words for each member: extension, offset, size and name."""
+    head, *lines = Path(tar).with_suffix(".idx").read_text().splitlines()
+    assert head == f"v1.2 {len(lines)}"
+    words = [line.split(" ") for line in lines]
+    return [word[i : i + 4] for word in words for i in range(0, len(word), 4)]
+
+
 def test_each_field_of_our_idx_is_what_dali_documents(ours: Path) -> None:
-    """`v1.2 SAMPLES`, then a line per sample with the four words extension, offset, size and name of each member."""
     for tar in tars_of(ours):
-        head, *lines = Path(tar).with_suffix(".idx").read_text().splitlines()
-        assert head == f"v1.2 {len(lines)}"
-        words = [line.split(" ") for line in lines]
-        members = [word[i : i + 4] for word in words for i in range(0, len(word), 4)]
-        assert [(name, int(offset)) for _, offset, _, name in members] == list(entries_of_tar_program(tar))
         with tarfile.open(tar) as opened:
-            assert [(int(size), name) for *_, size, name in members] == [(i.size, i.name) for i in opened]
-        assert all(name.split("/")[-1].partition(".")[2] == extension for extension, _, _, name in members)
+            sizes = [info.size for info in opened]
+        places = zip(entries_of_tar_program(tar), sizes, strict=True)
+        assert words_of_idx(tar) == [
+            [name.split("/")[-1].partition(".")[2], str(offset), str(size), name] for (name, offset), size in places
+        ]
         assert read_idx(Path(tar).with_suffix(".idx"), Path(tar).stat().st_size) is not None
+
+
+def test_the_idx_of_other_tools_tars_points_at_every_file_with_an_extension(
+    foreign: tuple[Path, str, list[Sample]],
+) -> None:
+    index_tars(str(foreign[0]), foreign[1], None, lambda _: None)
+    for tar in tars_of(foreign[0]):
+        with tarfile.open(tar) as opened:
+            files = [info for info in opened if info.isreg() and "." in info.name.split("/")[-1]]
+        assert words_of_idx(tar) == [
+            [info.name.split("/")[-1].partition(".")[2], str(info.offset_data), str(info.size), info.name]
+            for info in files
+        ]
 
 
 @pytest.mark.slow
