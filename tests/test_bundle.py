@@ -21,6 +21,7 @@ from orchestrator.errors import EXIT_USER, ConfigError, UserError
 from orchestrator.plain import from_dict, to_dict
 
 BY_HAND = {
+    "data.color_jitter": [0.4, 0.4, 0.4, 0.1], "data.ramp_epochs": [1, 2],
     "name": "another", "compute.num_processes": "1", "data.eval_resize": 9, "recipe.step_epochs": [1],
     "tracking.tags": ["x"],
 }  # fmt: skip
