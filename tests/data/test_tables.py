@@ -242,7 +242,7 @@ def test_files_of_other_data_sets_are_not_mixed_in(tmp_path: Path):
 
 def test_a_wrong_flag_ends_with_code_42_and_the_nearest_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     parquet(tmp_path / "x.parquet", rows(4))
-    flags = ["shards", "make", str(tmp_path / "x.parquet"), str(tmp_path / "out"), "--label-column", "lable"]
+    flags = ["shards", "make", str(tmp_path / "x.parquet"), str(tmp_path / "out"), "--label-column", "labe1"]
     assert main(flags) == EXIT_USER
     assert "did you mean 'label'" in capsys.readouterr().err
 
