@@ -276,6 +276,15 @@ def test_training_reads_each_of_their_samples_once(foreign: tuple[Path, str, lis
     assert sorted(seen) == [(i, sample.label) for i, sample in enumerate(expected)]
 
 
+def test_indexing_again_keeps_the_order_of_class_names(tmp_path: Path) -> None:
+    expected = by_names("txt")(tmp_path)
+    (tmp_path / "names.list").write_text("cow über\nbee\nant\ndodo")
+    assert main(["shards", "index", str(tmp_path), "--label", "txt", "--classes", str(tmp_path / "names.list")]) == 0
+    assert main(["shards", "index", str(tmp_path), "--label", "txt"]) == 0
+    assert load_index(str(tmp_path)).classes == ("cow über", "bee", "ant", "dodo")
+    assert [one.label for one in read_back(tmp_path)] == [2 - one.label for one in expected]
+
+
 @needs_kernel
 def test_conversion_keeps_class_names_where_they_stand(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
