@@ -58,7 +58,7 @@ def bytes_of(paths: list[Path]) -> Counter[bytes]:
 
 
 def test_photos_that_torchvision_would_decode_keep_their_bytes(textures: Path, tmp_path: Path) -> None:
-    made = make("torchvision:DTD", tmp_path / "out", SourceOptions(root=str(textures)), workers=2, samples_per_shard=2)
+    made = make("torchvision:DTD", tmp_path / "out", SourceOptions(root=str(textures)), workers=1, samples_per_shard=2)
     assert {split: sum(body["class_counts"]) for split, body in made["splits"].items()} == {"train": 6, "val": 6}
     assert load_index(str(tmp_path / "out/val")).classes == TEXTURES
     for split in ("train", "val"):
@@ -69,6 +69,21 @@ def test_photos_that_torchvision_would_decode_keep_their_bytes(textures: Path, t
         assert {key: label for key, (label, _) in stored.items()} == {
             f"{split}/{i:07d}": TEXTURES.index(name.split("/")[0]) for i, name in enumerate(listed)
         }
+
+
+def test_any_number_of_processes_writes_the_same_bytes_and_again_is_no_work(aircraft: Path, tmp_path: Path) -> None:
+    spec, source = "torchvision:FGVCAircraft split=trainval,test", SourceOptions(root=str(aircraft))
+    for workers in (1, 2):
+        make(spec, tmp_path / f"out-{workers}", source, workers=workers, samples_per_shard=3)
+    one, two = (
+        {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*.*")}
+        for out in (tmp_path / "out-1", tmp_path / "out-2")
+    )
+    assert one == two
+    assert len([name for name in one if name.endswith(".tar")]) == 3 + 2
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out-2").rglob("*.tar")}
+    make(spec, tmp_path / "out-2", source, workers=2, samples_per_shard=3)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out-2").rglob("*.tar")} == times
 
 
 def test_arguments_of_the_class_stand_behind_its_name(textures: Path) -> None:
