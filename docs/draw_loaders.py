@@ -70,6 +70,19 @@ def seconds_table(result: dict[str, Any], columns: Sequence[tuple[str, str]]) ->
     return "\n".join(lines)
 
 
+OTHERS = {
+    "resume": (
+        "Resuming in the middle of an epoch, two workers, imports left out:",
+        (("fresh_s", "fresh epoch, s to first batch"), ("midway_s", "midway, s")),
+    ),
+    "remote": (
+        "From S3 on the loopback (SeaweedFS), two workers:",
+        (("cold_images_per_s", "cold cache, images/s"), ("warm_images_per_s", "warm")),
+    ),
+}
+"""Measurement besides the speeds -> what is said above its table, and the table's columns."""
+
+
 def figures(results: dict[str, Any]) -> str:
     """Everything between the marks of the page."""
     machine = results["machine"]
@@ -85,16 +98,9 @@ def figures(results: dict[str, Any]) -> str:
         parts.append(f"### Set `{name}`\n\n![images per second and core](loaders-{name}-speed.svg)")
         parts.append(speed_table(result))
         parts.append(f"![first batch and memory](loaders-{name}-memory.svg)\n\n{memory_table(result)}")
-        parts.append("Resuming in the middle of an epoch, two workers, imports left out:")
-        parts.append(
-            seconds_table(result["resume"], (("fresh_s", "fresh epoch, s to first batch"), ("midway_s", "midway, s")))
-        )
-        parts.append("From S3 on the loopback (SeaweedFS), two workers:")
-        parts.append(
-            seconds_table(
-                result["remote"], (("cold_images_per_s", "cold cache, images/s"), ("warm_images_per_s", "warm"))
-            )
-        )
+        for module, (title, columns) in OTHERS.items():
+            told = seconds_table(result[module], columns) if module in result else "not measured in this series."
+            parts += [title, told]
     parts.append(absences(results["absent"]))
     return "\n\n".join(part for part in parts if part)
 
