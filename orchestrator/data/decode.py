@@ -7,8 +7,6 @@ decoded whole and resized by Pillow.
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections.abc import Callable
 from functools import cache
 from typing import Protocol
@@ -16,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from orchestrator.data.images import ImageError, decode_image
-from orchestrator.data.kernel import DONE, JOB, SHORT_READ, load_kernel
+from orchestrator.data.kernel import DONE, JOB, SHORT_READ, load_kernel, read_job
 from orchestrator.data.transforms import Views, show
 from orchestrator.options import Decode, Interpolation
 
@@ -59,13 +57,6 @@ def jobs_in_files(descriptors: np.ndarray, offsets: np.ndarray, sizes: np.ndarra
     jobs = np.zeros(len(offsets), JOB)
     jobs["fd"], jobs["offset"], jobs["size"], jobs["row"] = descriptors, offsets, sizes, np.arange(len(offsets))
     return jobs
-
-
-def read_job(job: np.void) -> bytes:
-    """The encoded bytes of a job; fewer than its size where the file ends before."""
-    if job["fd"] < 0:
-        return ctypes.string_at(int(job["offset"]), int(job["size"]))
-    return os.pread(int(job["fd"]), int(job["size"]), int(job["offset"]))
 
 
 class BatchDecoder:

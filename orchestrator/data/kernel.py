@@ -37,6 +37,13 @@ JOB = np.dtype(
 """One image of a batch, as `Job` in kernel.c: where its bytes are, which box it shows, what came of it."""
 
 
+def read_job(job: np.void) -> bytes:
+    """The encoded bytes of a job; fewer than its size where the file ends before."""
+    if job["fd"] < 0:
+        return ctypes.string_at(int(job["offset"]), int(job["size"]))
+    return os.pread(int(job["fd"]), int(job["size"]), int(job["offset"]))
+
+
 class JpegFacts(NamedTuple):
     """What a plain JPEG says about itself; the MCU's sides in pixels, the restart interval in MCUs (0 = none)."""
 

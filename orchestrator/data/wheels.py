@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-
 import numpy as np
 import torch
 
 from orchestrator.data.jpeg import JpegHeader, cut_window, end_early, parse_jpeg
-from orchestrator.data.kernel import DONE, OTHER, SHORT_READ
+from orchestrator.data.kernel import DONE, OTHER, SHORT_READ, read_job
 from orchestrator.data.transforms import Views, show
 from orchestrator.options import Interpolation
 
@@ -25,7 +22,7 @@ class WheelDecoder:
     def sizes(self, jobs: np.ndarray, max_pixels: int) -> None:
         """Fill in width and height of each job; 0 where the image must be decoded otherwise."""
         for job in jobs:
-            header = parse_jpeg(_bytes_of(job))
+            header = parse_jpeg(read_job(job))
             fits = header is not None and header.width * header.height <= max_pixels
             job["width"], job["height"] = (header.width, header.height) if header and fits else (0, 0)
 
@@ -44,16 +41,10 @@ def load_wheels() -> WheelDecoder | None:
     return WheelDecoder()
 
 
-def _bytes_of(job: np.void) -> bytes:
-    if job["fd"] < 0:
-        return ctypes.string_at(int(job["offset"]), int(job["size"]))
-    return os.pread(int(job["fd"]), int(job["size"]), int(job["offset"]))
-
-
 def _decode(job: np.void, out: np.ndarray, interpolation: Interpolation) -> int:
     import simplejpeg
 
-    data = _bytes_of(job)
+    data = read_job(job)
     header = parse_jpeg(data)
     if len(data) != job["size"]:
         return SHORT_READ
