@@ -25,7 +25,7 @@
 
 #include <jpeglib.h>
 
-enum { SIDE = 224, BATCH = 128, CHANNELS = 3, ROW = SIDE * CHANNELS, ALIGN = 64, MOST_TAPS = 64 };
+enum { SIDE = 224, BATCH = 128, CHANNELS = 3, ROW = SIDE * CHANNELS, ALIGN = 64, UNALIGNED = 8, MOST_TAPS = 64 };
 
 typedef struct {
     const uint8_t *bytes;
@@ -234,6 +234,7 @@ typedef struct {
     Errors errors;
     Taps across, down;
     uint8_t *rows; /* the decoded part, or the part already filtered across */
+    uint8_t *block;
     size_t room;
     uint64_t random;
 } Worker;
@@ -285,7 +286,8 @@ static void decode(Worker *w, const Image *image, uint8_t *out) {
     size_t stride = ((across_first ? (size_t)ROW : (size_t)width * CHANNELS) + 2 * ALIGN) & ~(size_t)(ALIGN - 1);
     size_t row_bytes = ((size_t)width * CHANNELS + 8 * ALIGN) & ~(size_t)(ALIGN - 1);
     size_t needed = stride * (size_t)crop.height + 4 * row_bytes;
-    if (w->room < needed) free(w->rows), w->rows = aligned_alloc(ALIGN, w->room = (needed * 3 / 2) & ~(size_t)(ALIGN - 1));
+    if (w->room < needed + ALIGN) free(w->block), w->block = aligned_alloc(ALIGN, w->room = ((needed + ALIGN) * 3 / 2) & ~(size_t)(ALIGN - 1));
+    w->rows = w->block + UNALIGNED;
     uint8_t *fresh = w->rows + stride * (size_t)crop.height; /* four rows as they come, where they are filtered at once */
     for (int y = 0, done = 0; y < crop.height;) {
         uint8_t *at[4];
