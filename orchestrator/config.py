@@ -20,6 +20,7 @@ from orchestrator.options import (
     Loss,
     OnBad,
     OnDamage,
+    OnNan,
     OptimizerKind,
     Precision,
     Schedule,
@@ -292,6 +293,8 @@ class RecipeConfig:
     """Probability that a random rectangle of a training image is erased."""
     clip_norm: float
     """Greatest L2 norm of a step's gradient; 0 = no clipping."""
+    on_nan: OnNan
+    """What a step does whose loss or gradient is not finite."""
     source: str | None
     """Where the recipe was published."""
     published_top1: float | None
@@ -340,7 +343,10 @@ class ComputeConfig:
     """Processes and arithmetic; nothing here changes which samples a step sees."""
 
     num_processes: str
-    """World size: a number, or `auto` (this machine's GPUs, else 1). One GPU each on GPUs."""
+    """World size: a number, `min:max` (as many as there are places), or `auto` (this machine's GPUs, else 1)."""
+    virtual_ranks: str
+    """Slices of a step whose gradients meet in a fixed tree, so that the bits do not depend on the number of processes:
+    a power of two, `auto` (the processes of the first attempt) or `off` (plain all-reduce)."""
     device: Device
     precision: Precision
     channels_last: bool
@@ -351,17 +357,44 @@ class ComputeConfig:
     """Compute threads of a process on the CPU."""
     master_port: int
     """Port on which the processes of this machine meet; 0 takes a free one."""
+    max_time_s: float
+    """Seconds from the start of the command after which the run saves and stops with 45; 0 = none."""
+    check_ranks_every_steps: int
+    """Steps between comparisons of the parameters across ranks; 0 = never."""
 
     def __post_init__(self) -> None:
-        number = self.num_processes
+        number, virtual = self.num_processes, self.virtual_ranks
         _require(
-            number == "auto" or (number.isdecimal() and int(number) >= 1),
+            number == "auto" or process_range(number) is not None,
             "compute.num_processes",
             number,
-            "must be a number from 1 up, or auto",
-            "compute.num_processes=2",
+            "must be a number from 1 up, min:max, or auto",
+            "compute.num_processes=2, or 2:8",
         )
-        _require_range(self, "compute", threads_per_process=(1, 1024), master_port=(0, 65535))
+        _require(
+            virtual in ("auto", "off") or (virtual.isdecimal() and int(virtual).bit_count() == 1),
+            "compute.virtual_ranks",
+            virtual,
+            "must be a power of two, auto or off",
+            "compute.virtual_ranks=8",
+        )
+        _require_range(
+            self,
+            "compute",
+            threads_per_process=(1, 1024),
+            master_port=(0, 65535),
+            max_time_s=(0, INF),
+            check_ranks_every_steps=(0, INF),
+        )
+
+
+def process_range(text: str) -> tuple[int, int] | None:
+    """Least and most processes of ``n`` or ``min:max``; None where it is neither."""
+    low, _, high = text.partition(":")
+    high = high or low
+    if not (low.isdecimal() and high.isdecimal()) or text.endswith(":"):
+        return None
+    return (int(low), int(high)) if 1 <= int(low) <= int(high) else None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -373,9 +406,41 @@ class ClusterConfig:
     """Starts after the first one, for failures that a retry can mend."""
     grace_s: float
     """Seconds between a request to stop and the kill."""
+    backoff_s: float
+    """Pause before the second restart in a row without progress; it doubles from one to the next."""
+    hang_start_s: float
+    """Seconds without a sign of life after which a rank that starts counts as hung."""
+    hang_step_s: float
+    """The same between two steps."""
+    hang_validation_s: float
+    """The same between two batches of an evaluation."""
+    hang_save_s: float
+    """The same while a checkpoint is saved."""
+    prices: list[str]
+    """Price of a process's hour by the name of its device, e.g. ['cpu=0.04','NVIDIA H100 80GB HBM3=2.9']."""
+    currency: str
 
     def __post_init__(self) -> None:
-        _require_range(self, "cluster", max_restarts=(0, INF), grace_s=(1, INF))
+        _require_range(
+            self,
+            "cluster",
+            max_restarts=(0, INF),
+            grace_s=(1, INF),
+            backoff_s=(0, INF),
+            hang_start_s=(1, INF),
+            hang_step_s=(1, INF),
+            hang_validation_s=(1, INF),
+            hang_save_s=(1, INF),
+        )
+        for entry in self.prices:
+            name, _, price = entry.rpartition("=")
+            _require(
+                bool(name) and re.fullmatch(r"\d+(\.\d+)?", price) is not None,
+                "cluster.prices",
+                entry,
+                "must read name=price",
+                "e.g. cluster.prices=['cpu=0.04']",
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -386,11 +451,29 @@ class CheckpointingConfig:
     """0 = not by epochs."""
     every_steps: int
     """0 = not by steps."""
+    every_s: float
+    """Seconds between saves, at the next step's border; 0 = not by time."""
     keep_last: int
-    """Newest checkpoints that stay; the best by val/acc1 stays besides."""
+    """Newest checkpoints that stay."""
+    keep_best: int
+    """Best ones by `metric` that stay besides."""
+    metric: str
+    """Of the evaluation; greater is better, except for a loss."""
+    asynchronous: bool
+    """Write beside the next steps, from a copy of the state."""
+    mirror: str | None
+    """Object store that also gets every checkpoint, e.g. s3://bucket/runs; a machine without them starts from there."""
 
     def __post_init__(self) -> None:
-        _require_range(self, "checkpointing", every_epochs=(0, INF), every_steps=(0, INF), keep_last=(1, INF))
+        _require_range(
+            self,
+            "checkpointing",
+            every_epochs=(0, INF),
+            every_steps=(0, INF),
+            every_s=(0, INF),
+            keep_last=(1, INF),
+            keep_best=(0, INF),
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -422,6 +505,8 @@ class RunConfig:
     runs_dir: str
     data_dir: str
     """Where the presets of `data/` look for shards."""
+    init_from: str | None
+    """Start from the weights of another run's checkpoint: a path, ID:best or ID:last."""
     max_steps: int | None
     """End after this many optimizer steps although epochs remain."""
     eval_batch_size: int
@@ -461,8 +546,8 @@ class RunConfig:
         self._require_batch_fits()
 
     def _require_batch_fits(self) -> None:
-        number, batch = self.compute.num_processes, self.recipe.global_batch_size
-        processes = int(number) if number.isdecimal() else 1
+        batch = self.recipe.global_batch_size
+        _, processes = process_range(self.compute.num_processes) or (1, 1)
         _require(
             batch >= processes,
             "recipe.global_batch_size",
@@ -495,5 +580,7 @@ MAY_CHANGE = (
     "compute.device",
     "compute.threads_per_process",
     "compute.master_port",
+    "compute.max_time_s",
+    "compute.check_ranks_every_steps",
 )
 """Keys that may differ between the attempts of a run: they are left out of its id."""

@@ -27,6 +27,13 @@ class OnBad(Enum):
     skip = "skip"
 
 
+class OnNan(Enum):
+    """What a step does whose loss or gradient is not finite: end the run, or leave the weights alone and be counted."""
+
+    stop = "stop"
+    skip = "skip"
+
+
 class OnDamage(Enum):
     """What a shard does whose bytes are not those of the index: end the run, or be left out and counted."""
 

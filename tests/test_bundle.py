@@ -23,7 +23,7 @@ from orchestrator.plain import from_dict, to_dict
 BY_HAND = {
     "data.color_jitter": [0.4, 0.4, 0.4, 0.1], "data.ramp_epochs": [1, 2],
     "name": "another", "compute.num_processes": "1", "data.eval_resize": 9, "recipe.step_epochs": [1],
-    "tracking.tags": ["x"],
+    "tracking.tags": ["x"], "compute.virtual_ranks": "4", "cluster.prices": ["cpu=0.04"],
 }  # fmt: skip
 """Other values where the general rule of `other` gives one that the schema refuses."""
 NOT_ALONE = {"cluster.kind", "data_dir"}
