@@ -18,10 +18,12 @@ def rank(bundle_path: str, attempt: int, began: float) -> None:
     """What the launcher calls in each process; ends it with the contract's exit code."""
     # Here and not above: the launcher names this function without paying for what it needs.
     from orchestrator.train.evaluation_job import run_evaluation
+    from orchestrator.train.heartbeat import Heartbeat, heartbeat_file
     from orchestrator.train.process import supervise
 
     bundle, world = load_bundle(Path(bundle_path)), read_world()
-    code = supervise(bundle.folder, world, attempt, lambda _: run_evaluation(bundle, world, began))
+    heartbeat = Heartbeat(heartbeat_file(bundle.folder, attempt, world.rank))
+    code = supervise(bundle.folder, world, attempt, lambda _: run_evaluation(bundle, world, began, heartbeat))
     if code:
         sys.exit(code)
 

@@ -15,6 +15,7 @@ from orchestrator.errors import DataError
 from orchestrator.files import read_json, write_json
 from orchestrator.model.module import Normalise
 from orchestrator.train.evaluate import evaluate
+from orchestrator.train.heartbeat import Heartbeat
 from orchestrator.train.loading import Loaded, Source, load
 from orchestrator.train.outcome import write_evaluation
 from orchestrator.train.process import choose_device, join_group, prepare_arithmetic
@@ -39,7 +40,7 @@ def read_source(bundle: Bundle) -> Source:
     return Source(folder, bundle.config, tuple(facts["classes"]) if facts["classes"] else None, facts["identity"])
 
 
-def run_evaluation(bundle: Bundle, world: World, began: float) -> None:
+def run_evaluation(bundle: Bundle, world: World, began: float, heartbeat: Heartbeat) -> None:
     """Evaluate on ``data.val``; the first rank writes `result.json` and `evaluation.json`."""
     config, source = bundle.config, read_source(bundle)
     device = choose_device(config.compute, world)
@@ -53,7 +54,9 @@ def run_evaluation(bundle: Bundle, world: World, began: float) -> None:
     num_classes = len(loaded.classes)
     split = Split(index, config.data, config.seed, num_classes, world.rank, world.world_size)
     plan = EvalPlan(index.num_samples, config.eval_batch_size, world.world_size)
-    result = evaluate(loaded.net, normalise, eval_loader(plan, split, device), num_classes)
+    heartbeat.enter("validation", 0)
+    result = evaluate(loaded.net, normalise, heartbeat.following(eval_loader(plan, split, device)), num_classes)
+    heartbeat.enter("end", 0)
     if world.is_first:
         write_evaluation(bundle.folder, result, None, index, loaded.classes, config.data.max_pixels)
         _write_result(bundle, source, world, result.metrics(), time.time() - began)

@@ -30,6 +30,7 @@ from orchestrator.track.wandb import NullTracker, Tracker
 from orchestrator.train import checkpoint
 from orchestrator.train.checkpoint import Checkpoint, TrainState
 from orchestrator.train.evaluate import Evaluation, evaluate
+from orchestrator.train.heartbeat import Heartbeat, heartbeat_file
 from orchestrator.train.ledger import Ledger, PhaseClock
 from orchestrator.train.loop import Parts, StepBorder
 from orchestrator.train.outcome import Recorder, mirror_result, write_evaluation
@@ -69,11 +70,12 @@ def fit(bundle: Bundle, world: World, attempt: int, began: float, terminal: IO[s
     clock.add("import", time.time() - began)
     flag = StopFlag()
     flag.listen()
+    heartbeat = Heartbeat(heartbeat_file(bundle.folder, attempt, world.rank))
     with clock.phase("start"):
         device = choose_device(bundle.config.compute, world)
         require_precision(bundle.config, device)
         prepare_arithmetic(bundle.config.compute, device)
-        rank = Rank(world, device, attempt, terminal, join_group(world, device))
+        rank = Rank(world, device, attempt, terminal, join_group(world, device), heartbeat)
         flag.join(rank.control)
         job, parts, resumed = _assemble(bundle, rank, clock, flag)
     try:
@@ -176,6 +178,7 @@ def _wire(
         progress=progress,
         clock=clock,
         flag=flag,
+        heartbeat=rank.heartbeat,
         checkpoints=folder / "checkpoints",
         manifest=_manifest(job),
         recorder=recorder if world.is_first else None,
@@ -202,7 +205,7 @@ def _evaluate(job: Job, module: Classifier, ema: ExponentialMovingAverage | None
     plan = EvalPlan(job.sets.val.num_samples, config.eval_batch_size, world.world_size)
     split = Split(job.sets.val, config.data, config.seed, job.sets.num_classes, world.rank, world.world_size)
     net = ema.module if ema is not None else module.net
-    batches = eval_loader(plan, split, job.rank.device)
+    batches = job.rank.heartbeat.following(eval_loader(plan, split, job.rank.device))
     return evaluate(net, module.normalise, batches, job.sets.num_classes)
 
 
@@ -233,12 +236,21 @@ def _train(job: Job, parts: Parts, resumed: TrainState | None) -> None:
         parts.progress.start(span.total_steps, span.first_step)
         build_trainer(job.config, job.rank, border).fit(module, train_dataloaders=parts.loader)
         parts.progress.stop()
+    parts.heartbeat.enter("end", module.step)
     if border.stop_code is not None and module.step < span.total_steps:
         _stop(parts, border.stop_code)
-    evaluation = border.last or parts.evaluate()
+    evaluation = border.last or _evaluate_again(parts)
     if parts.recorder is not None:
         _finish(job, parts, parts.recorder, evaluation)
     parts.ledger.write("end", step=module.step, exit_code=0)
+
+
+def _evaluate_again(parts: Parts) -> Evaluation:
+    """The last evaluation of a run whose earlier attempt ended between its last save and its end."""
+    parts.heartbeat.enter("validation", parts.module.step)
+    evaluation = parts.evaluate()
+    parts.heartbeat.enter("end", parts.module.step)
+    return evaluation
 
 
 def _stop(parts: Parts, exit_code: int) -> None:

@@ -25,6 +25,7 @@ from orchestrator.track.wandb import Tracker
 from orchestrator.train import checkpoint
 from orchestrator.train.checkpoint import TrainState
 from orchestrator.train.evaluate import Evaluation
+from orchestrator.train.heartbeat import Heartbeat
 from orchestrator.train.ledger import Ledger, PhaseClock
 from orchestrator.train.outcome import Recorder
 from orchestrator.train.process import Rank
@@ -47,6 +48,7 @@ class Parts:
     progress: Progress
     clock: PhaseClock
     flag: StopFlag
+    heartbeat: Heartbeat
     checkpoints: Path
     manifest: dict[str, Any]
     """What every checkpoint says besides its step and metrics."""
@@ -82,9 +84,10 @@ class StepBorder(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         config, span = self.parts.module.config, self.parts.module.span
+        step = self.parts.module.step
+        self.parts.heartbeat.enter("step", step)  # "start" lasts until here: the first step may compile
         if (batch_idx + 1) % config.recipe.accumulate:
             return
-        step = self.parts.module.step
         if self.parts.ema is not None and step % config.recipe.ema_every_steps == 0:
             self.parts.ema.update_parameters(self.parts.module.net)
         last = step == span.total_steps
@@ -182,8 +185,10 @@ class StepBorder(pl.Callback):
 
     def _evaluate(self, step: int) -> dict[str, Any]:
         began = time.perf_counter()
+        self.parts.heartbeat.enter("validation", step)
         with self.parts.clock.phase("evaluate"):
             self.last = self.parts.evaluate()
+        self.parts.heartbeat.enter("step", step)
         metrics = self.last.metrics()
         seconds = time.perf_counter() - began
         self._away += seconds
@@ -199,6 +204,7 @@ class StepBorder(pl.Callback):
 
     def _save(self, trainer: pl.Trainer, step: int, metrics: dict[str, Any]) -> None:
         began = time.perf_counter()
+        self.parts.heartbeat.enter("save", step)
         epoch = step / self.parts.module.span.steps_per_epoch
         unlogged = self._sum(self.parts.module.tally.detach().cpu().clone()).tolist()
         self._require_finite(unlogged[0], step)
@@ -206,6 +212,7 @@ class StepBorder(pl.Callback):
         manifest |= {"unlogged": unlogged, "lost": self.parts.lost}
         with self.parts.clock.phase("save"):
             folder = checkpoint.save(self.parts.checkpoints, self._state(trainer), manifest)
+        self.parts.heartbeat.enter("step", step)
         seconds = time.perf_counter() - began
         self._away += seconds
         self.parts.ledger.write("save", step=step, seconds=round(seconds, 3), path=f"checkpoints/{folder.name}")

@@ -23,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from orchestrator.config import ComputeConfig
 from orchestrator.errors import ConfigError, OrchestratorError, StopRequested
 from orchestrator.options import Device, Precision
+from orchestrator.train.heartbeat import Heartbeat
 from orchestrator.train.signals import die_with_parent
 from orchestrator.world import ALONE, World
 
@@ -42,6 +43,7 @@ class Rank:
     terminal: IO[str]
     control: dist.ProcessGroup | None
     """Group on the CPU for flags and counts, beside the one that gradients use."""
+    heartbeat: Heartbeat
 
 
 def open_logs(folder: Path, world: World, attempt: int) -> IO[str]:
