@@ -10,6 +10,8 @@ EXIT_USER = 42
 EXIT_NO_PROGRESS = 43
 EXIT_NODE = 44
 EXIT_STOPPED = 45
+EXIT_RESIZED = 46
+"""Between ranks and launcher alone: saved, to go on with another number of processes."""
 EXIT_TRANSIENT = 75
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143

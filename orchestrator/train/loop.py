@@ -95,11 +95,12 @@ class StepBorder(pl.Callback):
         self.parts.progress.tick(step)
         if epoch_ends or step == 1 or step % config.tracking.log_every_steps == 0:
             self._log(step)
-        self.stop_code = self.parts.flag.agree()
+        agreed = self.parts.flag.agree(step, self._is_save_due(step, last))
+        self.stop_code = agreed.exit_code
         if epoch_ends:
             self._report_reading(step)
         metrics = self._evaluate(step) if epoch_ends else {}
-        if self._is_save_due(step, last) or self.stop_code is not None:
+        if agreed.save:
             self._save(trainer, step, metrics)
         trainer.should_stop = self.stop_code is not None
 

@@ -24,7 +24,7 @@ from orchestrator.config import ComputeConfig
 from orchestrator.errors import ConfigError, OrchestratorError, StopRequested
 from orchestrator.options import Device, Precision
 from orchestrator.train.heartbeat import Heartbeat
-from orchestrator.train.signals import die_with_parent
+from orchestrator.train.signals import die_with_launcher
 from orchestrator.world import ALONE, World
 
 GROUP_TIMEOUT = timedelta(minutes=30)
@@ -123,7 +123,7 @@ def prepare_arithmetic(config: ComputeConfig, device: torch.device) -> None:
 def supervise(folder: Path, world: World, attempt: int, work: Callable[[IO[str]], None]) -> int:
     """Run a rank's work; returns its exit code and leaves the error, if any, where the launcher looks."""
     if world != ALONE:  # a process alone has no launcher; its parent may be a shell that ends first
-        die_with_parent()
+        die_with_launcher()
     began = time.time()
     terminal = open_logs(folder, world, attempt)
     try:

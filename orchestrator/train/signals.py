@@ -2,63 +2,94 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 import threading
-from multiprocessing import connection
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import connection, forkserver
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
-from orchestrator.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
+from orchestrator.errors import EXIT_INTERRUPTED, EXIT_RESIZED, EXIT_STOPPED, EXIT_TERMINATED
+from orchestrator.lineage import die_with_parent
+from orchestrator.train.orders import Request
 
-PR_SET_PDEATHSIG = 1
-EXIT_OF_SIGNAL = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
+REQUEST_OF_SIGNAL = {signal.SIGINT: Request.interrupt, signal.SIGTERM: Request.terminate}
+EXIT_OF_REQUEST = {
+    Request.resize_at_save: EXIT_RESIZED,
+    Request.resize: EXIT_RESIZED,
+    Request.stop: EXIT_STOPPED,
+    Request.interrupt: EXIT_INTERRUPTED,
+    Request.terminate: EXIT_TERMINATED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What all ranks do at this border."""
+
+    exit_code: int | None
+    """To save and end with; None to go on."""
+    save: bool
+    """Whether a save is due, asked for or not."""
 
 
 class StopFlag:
-    """Remembers the most urgent signal of any rank; `agree` is collective and costs one small all-reduce on the CPU."""
+    """Remembers the most urgent request; `agree` is collective and costs one small all-reduce on the CPU."""
 
     def __init__(self):
-        self._received = 0
+        self._received = Request.none
         self._group: dist.ProcessGroup | None = None
+        self._read: Callable[[int], Request] = lambda step: Request.none
 
     def join(self, group: dist.ProcessGroup | None) -> None:
         """Agree within this CPU group from now on."""
         self._group = group
 
+    def ask(self, read: Callable[[int], Request]) -> None:
+        """Take what `read(step)` says into account as well; the first rank does it for all."""
+        self._read = read
+
     def listen(self) -> None:
-        for number in EXIT_OF_SIGNAL:
+        for number in REQUEST_OF_SIGNAL:
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = max(self._received, number)
+        self._received = max(self._received, REQUEST_OF_SIGNAL[signal.Signals(number)])
 
-    def agree(self) -> int | None:
-        """The exit code that all ranks shall end with, or None to go on."""
-        received = self._received
+    def agree(self, step: int, save_due: bool = False) -> Agreed:
+        """What any rank was asked by this step, the same answer on all of them. `save_due`: this rank wants a save."""
+        request, due = max(self._received, self._read(step)), int(save_due)
         if self._group is not None:
-            flag = torch.tensor([received], dtype=torch.int32)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
-            received = int(flag.item())
-        return EXIT_OF_SIGNAL.get(signal.Signals(received)) if received else None
+            words = torch.tensor([request, due], dtype=torch.int32)
+            dist.all_reduce(words, op=dist.ReduceOp.MAX, group=self._group)
+            request, due = Request(int(words[0])), int(words[1])
+        if request is Request.resize_at_save and not due:
+            request = Request.none
+        return Agreed(EXIT_OF_REQUEST.get(request), bool(due or request))
 
 
-def die_with_parent() -> None:
-    """End this process when the one that started it ends, however that ends.
+def die_with_launcher() -> None:
+    """End this process when its launcher ends.
 
-    Linux watches the parent. Under our launcher that is the fork server, which lives as long as a rank does; a thread
-    watches the launcher itself.
+    Linux watches the parent, which is the fork server. That one ends with the launcher, once the ranks have closed
+    the pipe through which it counts its users; a thread watches the launcher itself where that cannot be.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     launcher = multiprocessing.parent_process()
-    if launcher is not None:
-        threading.Thread(target=_follow, args=(launcher.sentinel,), daemon=True, name="die with launcher").start()
+    if launcher is None:
+        return
+    alive = getattr(forkserver._forkserver, "_forkserver_alive_fd", None)  # pyright: ignore[reportAttributeAccessIssue]
+    if alive is not None:
+        with suppress(OSError):
+            os.close(alive)
+        forkserver._forkserver._forkserver_alive_fd = None  # pyright: ignore[reportAttributeAccessIssue]
+    threading.Thread(target=_follow, args=(launcher.sentinel,), daemon=True, name="die with launcher").start()
 
 
 def _follow(sentinel: int) -> None:
