@@ -39,6 +39,7 @@ from orchestrator.train.process import Rank, choose_device, join_group, prepare_
 from orchestrator.train.progress import Progress, open_progress
 from orchestrator.train.signals import StopFlag
 from orchestrator.train.trainer import build_trainer
+from orchestrator.train.waiting import PeerWait
 from orchestrator.world import World
 
 STOP_MIRROR_S = 5.0
@@ -71,13 +72,12 @@ def fit(bundle: Bundle, world: World, attempt: int, began: float, terminal: IO[s
     flag = StopFlag()
     flag.listen()
     heartbeat = Heartbeat(heartbeat_file(bundle.folder, attempt, world.rank))
-    with clock.phase("start"):
-        device = choose_device(bundle.config.compute, world)
-        require_precision(bundle.config, device)
-        prepare_arithmetic(bundle.config.compute, device)
-        rank = Rank(world, device, attempt, terminal, join_group(world, device), heartbeat)
-        flag.join(rank.control)
-        job, parts, resumed = _assemble(bundle, rank, clock, flag)
+    device = choose_device(bundle.config.compute, world)
+    require_precision(bundle.config, device)
+    prepare_arithmetic(bundle.config.compute, device)
+    rank = Rank(world, device, attempt, terminal, join_group(world, device), heartbeat)
+    flag.join(rank.control)
+    job, parts, resumed = _assemble(bundle, rank, clock, flag)
     try:
         _train(job, parts, resumed)
     finally:
@@ -177,6 +177,7 @@ def _wire(
         tracker=_open_tracker(job, progress) if world.is_first else NullTracker(),
         progress=progress,
         clock=clock,
+        peers=PeerWait(rank.device),
         flag=flag,
         heartbeat=rank.heartbeat,
         checkpoints=folder / "checkpoints",
@@ -226,7 +227,7 @@ def _manifest(job: Job) -> dict[str, Any]:
 
 def _train(job: Job, parts: Parts, resumed: TrainState | None) -> None:
     span, module = job.span, parts.module
-    parts.ledger.write("start", step=span.first_step, world_size=span.world_size)
+    parts.ledger.write("start", step=span.first_step, **_start_facts(job, parts), phases=parts.clock.take())
     if notice := decoder_notice(job.config.data.decode):
         parts.progress.say(notice)
     if span.first_step:
@@ -234,28 +235,43 @@ def _train(job: Job, parts: Parts, resumed: TrainState | None) -> None:
     border = StepBorder(parts, job.rank, resumed)
     if span.first_step < span.total_steps:
         parts.progress.start(span.total_steps, span.first_step)
-        build_trainer(job.config, job.rank, border).fit(module, train_dataloaders=parts.loader)
+        build_trainer(job.config, job.rank, [border, parts.peers]).fit(module, train_dataloaders=parts.loader)
         parts.progress.stop()
     parts.heartbeat.enter("end", module.step)
+    parts.clock.rest = "finish"
     if border.stop_code is not None and module.step < span.total_steps:
         _stop(parts, border.stop_code)
     evaluation = border.last or _evaluate_again(parts)
     if parts.recorder is not None:
         _finish(job, parts, parts.recorder, evaluation)
-    parts.ledger.write("end", step=module.step, exit_code=0)
+    parts.ledger.write("end", step=module.step, exit_code=0, phases=parts.clock.take())
 
 
 def _evaluate_again(parts: Parts) -> Evaluation:
     """The last evaluation of a run whose earlier attempt ended between its last save and its end."""
     parts.heartbeat.enter("validation", parts.module.step)
-    evaluation = parts.evaluate()
+    with parts.clock.phase("evaluation"):
+        evaluation = parts.evaluate()
     parts.heartbeat.enter("end", parts.module.step)
     return evaluation
 
 
+def _start_facts(job: Job, parts: Parts) -> dict[str, Any]:
+    """What a reader of the events needs to tell how far the attempt is, what it costs and when it began."""
+    span, device = job.span, job.rank.device
+    return {
+        "began": parts.clock.began,
+        "world_size": span.world_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "total_steps": span.total_steps,
+        "steps_per_epoch": span.steps_per_epoch,
+        "num_samples": parts.num_samples,
+    }
+
+
 def _stop(parts: Parts, exit_code: int) -> None:
     step = parts.module.step
-    parts.ledger.write("stop", step=step, exit_code=exit_code)
+    parts.ledger.write("stop", step=step, exit_code=exit_code, phases=parts.clock.take())
     if parts.recorder is not None:
         parts.recorder.stopped(step, exit_code)
         parts.tracker.finish(timeout_s=STOP_MIRROR_S, exit_code=exit_code)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,25 @@ class Ledger:
 
 
 class PhaseClock:
-    """Seconds by phase of one attempt; what no phase claims is `other`, so that the sum is the wall time."""
+    """Splits the wall time of an attempt into phases without remainder: what nobody claims is `rest`'s."""
 
     def __init__(self, began: float):
         """`began`: time.time() at which the attempt started."""
-        self._began = began
-        self.seconds: dict[str, float] = {}
+        self.began = round(began, 3)
+        self.rest = "start"
+        """The phase that this rank is in where no other claims the time; changed right after `take`."""
+        self.taken: dict[str, float] = {}
+        """Seconds by phase that `take` has given out."""
+        self._mark = time.perf_counter() - max(0.0, time.time() - began)
+        self._claimed: dict[str, float] = {}
+        self._sources: dict[str, Source] = {}
 
     def add(self, phase: str, seconds: float) -> None:
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        self._claimed[phase] = self._claimed.get(phase, 0.0) + seconds
+
+    def follow(self, phase: str, read: Callable[[], float]) -> None:
+        """From now on, what the growing sum `read` gains belongs to `phase`."""
+        self._sources[phase] = Source(read, read())
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -58,8 +69,43 @@ class PhaseClock:
         finally:
             self.add(name, time.perf_counter() - began)
 
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call; they sum to the time since then."""
+        for phase, source in self._sources.items():
+            self.add(phase, source.gain())
+        now = time.perf_counter()
+        split = without_remainder(self._claimed, now - self._mark, self.rest)
+        self._mark, self._claimed = now, {}
+        for phase, seconds in split.items():
+            self.taken[phase] = self.taken.get(phase, 0.0) + seconds
+        return {phase: round(seconds, 6) for phase, seconds in split.items()}
+
     def split(self) -> dict[str, float]:
-        """Seconds by phase, summing to the wall time so far."""
-        wall = time.time() - self._began
-        known = {name: round(seconds, 3) for name, seconds in self.seconds.items()}
-        return {**known, "other": round(max(0.0, wall - sum(known.values())), 3)}
+        """Seconds by phase of the whole attempt so far, summing to its wall time."""
+        split = dict(self.taken)
+        for phase, seconds in without_remainder(self._claimed, time.perf_counter() - self._mark, self.rest).items():
+            split[phase] = split.get(phase, 0.0) + seconds
+        return {phase: round(seconds, 3) for phase, seconds in split.items()}
+
+
+@dataclass(slots=True)
+class Source:
+    """A sum of seconds that grows somewhere else."""
+
+    read: Callable[[], float]
+    last: float
+
+    def gain(self) -> float:
+        """What it grew by since the last call."""
+        earlier, self.last = self.last, self.read()
+        return self.last - earlier
+
+
+def without_remainder(claimed: dict[str, float], wall: float, rest: str) -> dict[str, float]:
+    """Seconds by phase that sum to `wall`: `rest` gets what is left, claims that overlap shrink alike."""
+    total = sum(claimed.values())
+    if total > wall:
+        return {phase: seconds * wall / total for phase, seconds in claimed.items()}
+    split = {phase: seconds for phase, seconds in claimed.items() if seconds > 0}
+    split[rest] = split.get(rest, 0.0) + wall - total
+    return split

@@ -28,9 +28,11 @@ from orchestrator.train.evaluate import Evaluation
 from orchestrator.train.heartbeat import Heartbeat
 from orchestrator.train.ledger import Ledger, PhaseClock
 from orchestrator.train.outcome import Recorder
+from orchestrator.train.pace import Pace, at_own_place, slowest
 from orchestrator.train.process import Rank
 from orchestrator.train.progress import Progress
 from orchestrator.train.signals import StopFlag
+from orchestrator.train.waiting import PeerWait
 
 GIB = 2**30
 
@@ -47,6 +49,7 @@ class Parts:
     tracker: Tracker
     progress: Progress
     clock: PhaseClock
+    peers: PeerWait
     flag: StopFlag
     heartbeat: Heartbeat
     checkpoints: Path
@@ -67,7 +70,7 @@ class StepBorder(pl.Callback):
         self.parts, self.rank, self.resumed = parts, rank, resumed
         self.stop_code: int | None = None
         self.last: Evaluation | None = None
-        self._began = self._away = self._waited = 0.0
+        self.pace = Pace(parts.clock, parts.module.step)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.resumed is not None:
@@ -78,7 +81,18 @@ class StepBorder(pl.Callback):
         self.parts.flag.listen()  # after Lightning installed its own handlers
         # Lightning broadcasts rank 0's SIGTERM before every batch; the flag above covers all ranks and signals.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-        self._began = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The start ends where the first batch is there."""
+        if batch_idx:
+            return
+        parts, compiles = self.parts, self.parts.module.config.compute.compile
+        parts.ledger.write("first_step", step=parts.module.step, phases=self.pace.take())
+        parts.clock.follow("data_wait", lambda: parts.loader.wait_s)
+        parts.clock.follow("communication_wait", lambda: parts.peers.seconds)
+        parts.clock.rest = "compile" if compiles else "compute"
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -93,9 +107,13 @@ class StepBorder(pl.Callback):
         last = step == span.total_steps
         epoch_ends = last or step % span.steps_per_epoch == 0
         self.parts.progress.tick(step)
+        if self.parts.clock.rest == "compile":
+            self.parts.ledger.write("compiled", step=step, phases=self.pace.take())
+            self.parts.clock.rest = "compute"
         if epoch_ends or step == 1 or step % config.tracking.log_every_steps == 0:
             self._log(step)
-        agreed = self.parts.flag.agree(step, self._is_save_due(step, last))
+        with self.parts.clock.phase("communication_wait"):
+            agreed = self.parts.flag.agree(step, self._is_save_due(step, last))
         self.stop_code = agreed.exit_code
         if epoch_ends:
             self._report_reading(step)
@@ -111,25 +129,24 @@ class StepBorder(pl.Callback):
 
     def _log(self, step: int) -> None:
         """Log sums over all ranks since the last time, and the speed without evaluation and saves."""
-        tally = self._sum(self.parts.module.take_tally().cpu())
-        loss, hits1, hits5, count, skipped = (float(value) for value in tally)
-        elapsed = time.perf_counter() - self._began - self._away
-        waited = self.parts.loader.wait_s - self._waited
-        self.parts.clock.add("data_wait", waited)
-        self.parts.clock.add("compute", elapsed - waited)
-        self._began, self._away, self._waited = time.perf_counter(), 0.0, self.parts.loader.wait_s
+        tally = self.parts.module.take_tally().cpu()
+        phases, world = self.pace.take(), self.rank.world
+        own = at_own_place(self.pace.own_step_s(step), world.rank, world.world_size)
+        sums = self._sum(torch.cat([tally, own])).tolist()
+        loss, hits1, hits5, count, skipped = sums[:5]
         facts = {
             "epoch": step / self.parts.module.span.steps_per_epoch,
             "train/loss": loss / max(count, 1),
             "train/acc1": hits1 / max(count, 1),
             "train/acc5": hits5 / max(count, 1),
-            "train/images_per_s": count / max(elapsed, 1e-9),
+            "train/images": int(count),
             "train/skipped": int(skipped),
             "lr": self.parts.module.lr,
-            "data_wait_fraction": waited / max(elapsed, 1e-9),
+            **self.pace.log(step, count),
+            **slowest(sums[5:]),
             **memory_gib(self.rank.device),
         }
-        self._publish("step", step, facts)
+        self._publish("step", step, facts, phases)
         self.parts.progress.update(step, facts)
         if skipped:
             self.parts.progress.say(f"step {step}: {skipped:.0f} unreadable images left out (data.on_bad=skip)")
@@ -177,25 +194,25 @@ class StepBorder(pl.Callback):
 
     def _sum(self, tally: torch.Tensor) -> torch.Tensor:
         if self.rank.control is not None:
-            dist.all_reduce(tally, group=self.rank.control)
+            with self.parts.clock.phase("communication_wait"):
+                dist.all_reduce(tally, group=self.rank.control)
         return tally
 
-    def _publish(self, kind: str, step: int, facts: dict[str, Any]) -> None:
-        self.parts.ledger.write(kind, step=step, **facts)
+    def _publish(self, kind: str, step: int, facts: dict[str, Any], phases: dict[str, float] | None = None) -> None:
+        self.parts.ledger.write(kind, step=step, **facts, **({"phases": phases} if phases else {}))
         self.parts.tracker.log({"global_step": step, **facts})
 
     def _evaluate(self, step: int) -> dict[str, Any]:
         began = time.perf_counter()
         self.parts.heartbeat.enter("validation", step)
-        with self.parts.clock.phase("evaluate"):
+        with self.parts.clock.phase("evaluation"):
             self.last = self.parts.evaluate()
         self.parts.heartbeat.enter("step", step)
         metrics = self.last.metrics()
         seconds = time.perf_counter() - began
-        self._away += seconds
         epoch = step / self.parts.module.span.steps_per_epoch
         facts = {"epoch": epoch, **metrics, "skipped": self.last.skipped, "seconds": round(seconds, 3)}
-        self._publish("eval", step, facts)
+        self._publish("eval", step, facts, self.pace.take())
         acc1 = metrics["val/acc1"]
         self.parts.progress.say(
             f"epoch {epoch:g}  step {step}  val/loss {self.last.loss:.4f}  "
@@ -211,12 +228,12 @@ class StepBorder(pl.Callback):
         self._require_finite(unlogged[0], step)
         manifest = {**self.parts.manifest, "step": step, "epoch": epoch, "metrics": metrics}
         manifest |= {"unlogged": unlogged, "lost": self.parts.lost}
-        with self.parts.clock.phase("save"):
+        with self.parts.clock.phase("checkpoint_stall"):
             folder = checkpoint.save(self.parts.checkpoints, self._state(trainer), manifest)
         self.parts.heartbeat.enter("step", step)
         seconds = time.perf_counter() - began
-        self._away += seconds
-        self.parts.ledger.write("save", step=step, seconds=round(seconds, 3), path=f"checkpoints/{folder.name}")
+        facts = {"seconds": round(seconds, 3), "path": f"checkpoints/{folder.name}", "phases": self.pace.take()}
+        self.parts.ledger.write("save", step=step, **facts)
         if self.parts.recorder is not None:
             checkpoint.prune(self.parts.checkpoints, self.parts.module.config.checkpointing.keep_last)
             self.parts.recorder.saved(step)

@@ -54,7 +54,7 @@ class GivenWorld(ClusterEnvironment):
     def set_global_rank(self, rank: int) -> None: ...
 
 
-def build_trainer(config: RunConfig, rank: Rank, border: pl.Callback) -> pl.Trainer:
+def build_trainer(config: RunConfig, rank: Rank, callbacks: list[pl.Callback]) -> pl.Trainer:
     """Lightning for one long epoch; saving, logging, validation and progress happen at the step's border."""
     return pl.Trainer(
         accelerator="gpu" if rank.device.type == "cuda" else "cpu",
@@ -65,7 +65,7 @@ def build_trainer(config: RunConfig, rank: Rank, border: pl.Callback) -> pl.Trai
         max_epochs=1,
         accumulate_grad_batches=config.recipe.accumulate,
         gradient_clip_val=config.recipe.clip_norm or None,
-        callbacks=[border],
+        callbacks=callbacks,
         use_distributed_sampler=False,
         barebones=True,
     )

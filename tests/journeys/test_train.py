@@ -80,7 +80,7 @@ def test_the_run_folder_holds_what_everything_else_reads(trained: Run) -> None:
 
 def test_the_events_tell_the_run_step_by_step(trained: Run) -> None:
     events = read_events(trained.folder)
-    assert [event["kind"] for event in events[:2]] == ["start", "step"]
+    assert [event["kind"] for event in events[:3]] == ["start", "first_step", "step"]
     assert [event["step"] for event in events if event["kind"] == "step"] == list(range(1, 15))
     assert [event["step"] for event in events if event["kind"] == "eval"] == [7, 14]
     assert [event["step"] for event in events if event["kind"] == "save"] == [7, 14]
