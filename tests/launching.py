@@ -68,12 +68,13 @@ def environment(sites: Sequence[Path]) -> dict[str, str]:
 class WarmServer:
     """Runs commands one after the other in one process; stdout and stderr go to files that it and its ranks append."""
 
-    def __init__(self, folder: Path, sites: Sequence[Path]):
+    def __init__(self, folder: Path, sites: Sequence[Path], prelude: str = ""):
+        """`prelude`: code that the server runs first."""
         self._paths = [folder / "stdout", folder / "stderr"]
         files = [open(path, "ab") for path in self._paths]  # noqa: SIM115
         reading, writing = os.pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(writing)],
+            [sys.executable, "-c", prelude + SERVER, str(writing)],
             stdin=subprocess.PIPE, stdout=files[0], stderr=files[1], pass_fds=[writing], text=True,
             env=environment(sites), start_new_session=True,
         )  # fmt: skip
@@ -81,6 +82,7 @@ class WarmServer:
             file.close()
         os.close(writing)
         self._answers = os.fdopen(reading)
+        self.pid = self._process.pid
 
     def run(self, arguments: Sequence[str], cwd: Path) -> Answer:
         starts = [path.stat().st_size for path in self._paths]
@@ -139,7 +141,7 @@ class Saboteur:
         self.site, self._order, self._done = site, site / "saboteur_order.json", site / "saboteur_done"
 
     def arm(self, do: str, rank: int, batch: int) -> None:
-        """`do`: the name of a signal that the rank sends to itself, `raise`, or `sleep`."""
+        """`do`: a signal that the rank sends to itself, `raise`, `sleep`, or `flip` a bit of its weights."""
         self._done.unlink(missing_ok=True)
         self._order.write_text(json.dumps({"do": do, "rank": rank, "batch": batch}))
 
@@ -190,6 +192,9 @@ class Net(nn.Module):
             return
         ORDER.unlink()
         DONE.write_text(str(os.getpid()))
+        if order["do"] == "flip":
+            self.head.weight.data.view(torch.int32)[0, 0] ^= 1 << 20
+            return
         if order["do"] == "raise":
             raise ArithmeticError("the saboteur struck")
         os.kill(os.getpid(), getattr(signal, order["do"]))

@@ -24,6 +24,7 @@ from orchestrator.model.module import Classifier
 from orchestrator.track.wandb import Tracker
 from orchestrator.train import checkpoint
 from orchestrator.train.checkpoint import TrainState
+from orchestrator.train.divergence import RankCheck, replicated_tensors
 from orchestrator.train.evaluate import Evaluation
 from orchestrator.train.heartbeat import Heartbeat
 from orchestrator.train.ledger import Ledger, PhaseClock
@@ -71,6 +72,7 @@ class StepBorder(pl.Callback):
         self.stop_code: int | None = None
         self.last: Evaluation | None = None
         self.pace = Pace(parts.clock, parts.module.step)
+        self.ranks = RankCheck(parts.module.config.compute.check_ranks_every_steps, rank)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.resumed is not None:
@@ -115,6 +117,10 @@ class StepBorder(pl.Callback):
         with self.parts.clock.phase("communication_wait"):
             agreed = self.parts.flag.agree(step, self._is_save_due(step, last))
         self.stop_code = agreed.exit_code
+        if self.ranks.due(step, agreed.save):
+            self.ranks.require_equal(
+                replicated_tensors(self.parts.module.net, self.parts.ema, trainer.optimizers[0]), step
+            )
         if epoch_ends:
             self._report_reading(step)
         metrics = self._evaluate(step) if epoch_ends else {}
