@@ -117,7 +117,7 @@ def _launch(bundle: Bundle, as_json: bool, began: float) -> int:
             return EXIT_DONE
         _warn_of_other_code(bundle)
         write_bundle(bundle, bundle.folder / "run.json", sets.facts())
-        ended = _run(bundle)
+        ended = _run(bundle, began)
     _conclude(bundle, ended)
     _show(bundle, as_json, time.time() - began)
     if ended.error:
@@ -125,14 +125,14 @@ def _launch(bundle: Bundle, as_json: bool, began: float) -> int:
     return ended.exit_code
 
 
-def _run(bundle: Bundle) -> Ended:
+def _run(bundle: Bundle, began: float) -> Ended:
     from jobs.train import rank
     from orchestrator.cluster.local import num_processes, run_attempts
 
     config = bundle.config
     what = f"{config.model.name} on {config.data.name}, {num_processes(config.compute)} processes"
     note(f"run {bundle.run_id}: {what}, tracking {config.tracking.mode.name}")
-    return run_attempts(bundle, rank, (str(bundle.folder / "run.json"),))
+    return run_attempts(bundle, rank, (str(bundle.folder / "run.json"),), began)
 
 
 def _warn_of_other_code(bundle: Bundle) -> None:

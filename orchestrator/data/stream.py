@@ -32,6 +32,7 @@ from orchestrator.data.store import Counts
 from orchestrator.data.transforms import BLOCKS, Views, eval_views, preprocessing_of, shift, train_size, train_views
 from orchestrator.errors import DataError, OrchestratorError
 from orchestrator.keyed import draws
+from orchestrator.lineage import die_with_parent
 from orchestrator.options import Crop, OnBad
 
 MOST_OPEN = 512
@@ -354,7 +355,9 @@ def _as_it_is(item: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the rank decides when it stops
+    die_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the rank decides when it stops
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import sys
 import time
@@ -25,6 +26,7 @@ from orchestrator.errors import ConfigError, OrchestratorError, StopRequested
 from orchestrator.options import Device, Precision
 from orchestrator.train.heartbeat import Heartbeat
 from orchestrator.train.signals import die_with_launcher
+from orchestrator.train.stacks import stacks_file, stop_telling, tell_stacks
 from orchestrator.world import ALONE, World
 
 GROUP_TIMEOUT = timedelta(minutes=30)
@@ -126,6 +128,7 @@ def supervise(folder: Path, world: World, attempt: int, work: Callable[[IO[str]]
         die_with_launcher()
     began = time.time()
     terminal = open_logs(folder, world, attempt)
+    stacks = tell_stacks(stacks_file(folder, attempt, world.rank))
     try:
         work(terminal)
     except StopRequested as stop:
@@ -136,10 +139,14 @@ def supervise(folder: Path, world: World, attempt: int, work: Callable[[IO[str]]
     except BaseException as error:
         traceback.print_exc()
         _leave_error(folder, world, attempt, error, 1)
-        time.sleep(AFTER_PEERS_S)
+        if isinstance(error, RuntimeError):  # what a broken collective raises
+            time.sleep(AFTER_PEERS_S)
         return 1
     finally:
         logging.getLogger(__name__).info("rank %d ended after %.1f s", world.rank, time.time() - began)
+        stop_telling(stacks)
+        for child in multiprocessing.active_children():  # a stuck loader process would hold this one up
+            child.kill()
         with suppress(Exception):
             terminal.close()
     return 0
@@ -156,6 +163,7 @@ def _leave_error(folder: Path, world: World, attempt: int, error: BaseException,
         "schema": 1,
         "t": time.time(),
         "rank": world.rank,
+        "kind": type(error).__name__,
         "exit_code": exit_code,
         "error": text,
         "traceback": None if known else traceback.format_exc(),

@@ -23,7 +23,7 @@ def overrides(small: tuple[str, ...]) -> tuple[str, ...]:
     """A run of the saboteur's model with momentum, average, dropout, and logs at other steps than saves."""
     return (
         *small, "model=timm", "model.name=saboteur", "recipe.ema_decay=0.9", "recipe.warmup_epochs=1",
-        "optimizer.lr=0.5", "tracking.log_every_steps=3", "checkpointing.every_steps=5",
+        "optimizer.lr=0.5", "tracking.log_every_steps=3", "checkpointing.every_steps=5", "cluster.max_restarts=0",
     )  # fmt: skip
 
 

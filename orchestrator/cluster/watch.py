@@ -1,0 +1,58 @@
+"""Hangs: who is late, by the ranks' own signs of life and a budget for each phase. Pure but for `read_signs`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.config import ClusterConfig
+from orchestrator.train.heartbeat import Sign, heartbeat_file, read_sign
+
+BUDGET_KEYS = {
+    "start": "hang_start_s",
+    "step": "hang_step_s",
+    "validation": "hang_validation_s",
+    "save": "hang_save_s",
+    "end": "hang_save_s",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Late:
+    """A rank that the others wait for."""
+
+    rank: int
+    phase: str
+    step: int
+    silent_s: float
+    key: str
+    """Of the budget that it has used up."""
+
+
+def read_signs(folder: Path, attempt: int, world_size: int, began: float) -> dict[int, Sign]:
+    """Each rank's newest sign of life. `began`: time.monotonic() that stands for one that has given none yet."""
+    none = Sign(0, "start", 0, began, 0)
+    return {rank: read_sign(heartbeat_file(folder, attempt, rank)) or none for rank in range(world_size)}
+
+
+def steps_done(signs: Mapping[int, Sign]) -> int:
+    return max((sign.step for sign in signs.values()), default=0)
+
+
+def find_late(signs: Mapping[int, Sign], config: ClusterConfig, now: float | None = None) -> list[Late]:
+    """The late ranks if the group hangs, the likeliest culprit first.
+
+    All ranks beat at the same places, so the one with the fewest beats is where the others have been: it is judged
+    by the budget of its own phase, and those that wait for it are not judged.
+    """
+    now = time.monotonic() if now is None else now
+    fewest = min(sign.beats for sign in signs.values())
+    late = []
+    for rank, sign in signs.items():
+        key = BUDGET_KEYS[sign.phase]
+        silent_s = now - sign.t
+        if sign.beats == fewest and silent_s > getattr(config, key):
+            late.append(Late(rank, sign.phase, sign.step, silent_s, key))
+    return sorted(late, key=lambda found: (-found.silent_s, found.rank))
