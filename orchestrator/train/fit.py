@@ -238,6 +238,7 @@ def _train(job: Job, parts: Parts, resumed: TrainState | None) -> None:
         build_trainer(job.config, job.rank, [border, parts.peers]).fit(module, train_dataloaders=parts.loader)
         parts.progress.stop()
     parts.heartbeat.enter("end", module.step)
+    parts.ledger.write("trained", step=module.step, phases=parts.clock.take())
     parts.clock.rest = "finish"
     if border.stop_code is not None and module.step < span.total_steps:
         _stop(parts, border.stop_code)
