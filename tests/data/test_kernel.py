@@ -95,6 +95,26 @@ def test_every_place_of_a_large_image_is_reached(kernel: Kernel, sampling: str, 
     assert all(np.array_equal(out[i], by_torch(whole, box, 64, False)) for i, box in enumerate(boxes))
 
 
+@pytest.mark.parametrize("factor", [2, 4, 8])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_a_smaller_dct_of_a_region_is_that_of_the_whole_image(kernel: Kernel, sampling: str, factor: int) -> None:
+    """Boxes on multiples of 8, so that they lie on whole pixels of the smaller image."""
+    side, width, height = 13, 424, 328
+    data = jpeg(picture(width, height), sampling)
+    with Image.open(io.BytesIO(data)) as image:
+        image.draft(None, (width // factor, height // factor))
+        whole = np.asarray(image.convert("RGB"))
+    assert whole.shape == (height // factor, width // factor, 3)
+    boxes = [tuple(8 * c for c in box) for box in random_boxes(width // 8, height // 8, 400)]
+    boxes = [b for b in boxes if 2 * side * factor > min(b[2] - b[0], b[3] - b[1]) >= side * factor]
+    assert len(boxes) > 10
+    jobs = jobs_of([data] * len(boxes), boxes)
+    jobs["scaled"] = 1
+    out = decode(kernel, jobs, side)
+    for row, box in enumerate(boxes):
+        assert np.array_equal(out[row], by_torch(whole, [c // factor for c in box], side, False)), box
+
+
 def test_a_progressive_image_whose_last_scans_never_came_shows_what_pillow_shows(kernel: Kernel) -> None:
     data = pillow_jpeg(picture(200, 150), progressive=True, subsampling=2)
     scans = [at for at in range(len(data) - 1) if data[at : at + 2] == b"\xff\xda"]

@@ -18,9 +18,9 @@
 #define EXPORT __attribute__((visibility("default")))
 
 enum { DONE = 0, OTHER = 1, SHORT_READ = 2 };
-enum { MARGIN = 4 };      /* pixels around a region that the upsampling filter of the chroma planes reaches */
+enum { LEAST_WIDTH = 5 }; /* pixels in which libjpeg upsamples chroma smoothly: three columns of it */
 enum { UNALIGNED = 8 };   /* libjpeg-turbo writes aligned rows past the cache, and reading them back costs half of the speed */
-enum { HEADER_READ = 4096, ROWS_AT_ONCE = 16 };
+enum { HEADER_READ = 4096, ROWS_AT_ONCE = 8 };
 
 /* One image of a batch; the same layout as JOB in kernel.py. */
 typedef struct {
@@ -152,6 +152,14 @@ static Region needed(const Job *job, int side, int cubic) {
                     clamp((int)ceil(job->box[2] + x), 0, job->width), clamp((int)ceil(job->box[3] + y), 0, job->height)};
 }
 
+/* The region with what its pixels depend on: smooth chroma reaches a pixel further, and is not used in what is narrow. */
+static Region surroundings(Region region, int width, int height) {
+    int left = region.left - 1, right = region.right + 1;
+    left = left < width - LEAST_WIDTH ? left : width - LEAST_WIDTH;
+    right = right > LEAST_WIDTH ? right : LEAST_WIDTH;
+    return (Region){clamp(left, 0, width), clamp(region.top - 1, 0, height), clamp(right, 0, width), clamp(region.bottom + 1, 0, height)};
+}
+
 /* Greatest k of 1, 2, 4, 8 such that a DCT of 8 / k points still gives at least `side` pixels each way. */
 static int scale_of(const Job *job, int side) {
     double least = fmin(job->box[2] - job->box[0], job->box[3] - job->box[1]);
@@ -163,8 +171,8 @@ static int scale_of(const Job *job, int side) {
 /* Decode rows of `region` (pixels of the file given to libjpeg, already scaled) and filter each across as it comes. */
 static void decode_region(void *d, Region region, const Taps *across, int left_is, uint8_t *narrow, int side) {
     int full_width = (int)FIELD(d, D_OUTPUT_WIDTH, unsigned);
-    unsigned x = (unsigned)clamp(region.left - MARGIN, 0, full_width);
-    unsigned width = (unsigned)clamp(region.right + MARGIN, 0, full_width) - x;
+    Region wide = surroundings(region, full_width, region.bottom);
+    unsigned x = (unsigned)wide.left, width = (unsigned)(wide.right - wide.left);
     if (width < (unsigned)full_width) jpeg_crop_scanline(d, &x, &width);
     if (region.top > 0) jpeg_skip_scanlines(d, (unsigned)region.top);
     size_t stride = (((size_t)width + (size_t)across->count) * 4 + 63) & ~(size_t)63; /* weights of nothing may stand behind the end */
@@ -172,12 +180,15 @@ static void decode_region(void *d, Region region, const Taps *across, int left_i
     rows += -(uintptr_t)rows % 64 + UNALIGNED;
     for (int i = 0; i < ROWS_AT_ONCE; i++) at[i] = rows + stride * (size_t)i;
     int shift = left_is - (int)x; /* column of the row buffer that holds the image's column `left_is` */
-    for (int y = region.top; y < region.bottom;) {
-        unsigned left = (unsigned)(region.bottom - y);
-        unsigned got = jpeg_read_scanlines(d, at, left < ROWS_AT_ONCE ? left : ROWS_AT_ONCE);
-        if (!got) longjmp(own.failed, 1);
-        resize_across(rows, (ptrdiff_t)stride, (int)got, shift, across, narrow + (size_t)(y - region.top) * narrow_stride(side), side);
-        y += (int)got;
+    size_t narrow_stride = narrow_bytes(0, side);
+    for (int y = region.top, count; y < region.bottom; y += count, narrow += narrow_stride * (size_t)count) {
+        int wanted = region.bottom - y < ROWS_AT_ONCE ? region.bottom - y : ROWS_AT_ONCE;
+        for (count = 0; count < wanted;) { /* libjpeg gives one or two at a time */
+            unsigned got = jpeg_read_scanlines(d, at + count, (unsigned)(wanted - count));
+            if (!got) longjmp(own.failed, 1);
+            count += (int)got;
+        }
+        resize_across(rows, (ptrdiff_t)stride, count, shift, across, narrow, side);
     }
 }
 
@@ -191,29 +202,17 @@ static int lacks_scans(void *d) {
     return 0;
 }
 
-static void decode_one(Job *job, int side, int cubic, uint8_t *out) {
-    const uint8_t *bytes = fetch(job, (size_t)job->size);
+/* Fill the row of a job from its file; ends by longjmp where libjpeg gives up. */
+static void decode_file(void *d, Job *job, const JpegFile *file, const uint8_t *bytes, int side, int cubic, uint8_t *out) {
     size_t size = (size_t)job->size;
-    JpegFile file;
-    if (!bytes) {
-        job->status = SHORT_READ;
-        return;
-    }
-    job->status = OTHER;
-    if (jpeg_file_parse(&file, bytes, size) != JPEG_OK || file.width != job->width || file.height != job->height) return;
-    if (!jpeg_file_is_whole(bytes, size)) return;
-    void *d = decoder();
-    if (setjmp(own.failed)) {
-        jpeg_abort(d);
-        return;
-    }
     int k = scale_of(job, side);
     Region region = needed(job, side, cubic);
     int x0 = 0, y0 = 0;
-    if (file.interval && k == 1) {
-        Window window = jpeg_file_window(&file, region.left - MARGIN, region.top - MARGIN, region.right + MARGIN, region.bottom + MARGIN);
+    if (file->interval && k == 1) {
+        Region wide = surroundings(region, file->width, file->height);
+        Window window = jpeg_file_window(file, wide.left, wide.top, wide.right, wide.bottom);
         uint8_t *joined = room(&own.joined, &own.joined_room, size + 16);
-        size_t length = jpeg_file_join(&file, bytes, size, &window, joined);
+        size_t length = jpeg_file_join(file, bytes, size, &window, joined);
         if (length) bytes = joined, size = length, x0 = window.left, y0 = window.top;
     }
     jpeg_mem_src(d, bytes, size);
@@ -228,16 +227,32 @@ static void decode_one(Job *job, int side, int cubic, uint8_t *out) {
         region = (Region){region.left / k, region.top / k, clamp((region.right + k - 1) / k, 1, width),
                           clamp((region.bottom + k - 1) / k, 1, height)};
     }
-    int rows = region.bottom - region.top;
-    taps_build(&own.across, job->box[0] / k, job->box[2] / k, region.left, region.right, side, cubic);
-    taps_build(&own.down, job->box[1] / k, job->box[3] / k, region.top, region.bottom, side, cubic);
-    uint8_t *narrow = room(&own.narrow, &own.narrow_room, ((size_t)rows + 1) * narrow_stride(side) + 64);
+    Span columns = {job->box[0] / k, job->box[2] / k, region.left, region.right, job->flip};
+    Span lines = {job->box[1] / k, job->box[3] / k, region.top, region.bottom, 0};
+    taps_build(&own.across, columns, side, cubic);
+    taps_build(&own.down, lines, side, cubic);
+    uint8_t *narrow = room(&own.narrow, &own.narrow_room, narrow_bytes(region.bottom - region.top, side));
     Region inside = {region.left - x0, region.top - y0, region.right - x0, region.bottom - y0};
     decode_region(d, inside, &own.across, inside.left, narrow, side);
     jpeg_abort(d);
     if (own.warnings) return; /* the caller's decoder decides what damaged bytes are worth */
-    resize_down(narrow, &own.down, out + (size_t)job->row * 3 * (size_t)side * (size_t)side, side, job->flip);
+    resize_down(narrow, &own.down, out + (size_t)job->row * 3 * (size_t)side * (size_t)side, side);
     job->status = DONE;
+}
+
+static void decode_guarded(Job *job, const JpegFile *file, const uint8_t *bytes, int side, int cubic, uint8_t *out) {
+    void *d = decoder();
+    if (setjmp(own.failed)) jpeg_abort(d);
+    else decode_file(d, job, file, bytes, side, cubic, out);
+}
+
+static void decode_one(Job *job, int side, int cubic, uint8_t *out) {
+    const uint8_t *bytes = fetch(job, (size_t)job->size);
+    JpegFile file;
+    job->status = bytes ? OTHER : SHORT_READ;
+    if (!bytes || jpeg_file_parse(&file, bytes, (size_t)job->size) != JPEG_OK) return;
+    if (file.width != job->width || file.height != job->height || !jpeg_file_is_whole(bytes, (size_t)job->size)) return;
+    decode_guarded(job, &file, bytes, side, cubic, out);
 }
 
 /* Decode, crop and resize every job with a width into its row of `out`, (n, 3, side, side) uint8. */
