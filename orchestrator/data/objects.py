@@ -7,6 +7,7 @@ the child runs; there it imports nothing of this package.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -54,6 +55,8 @@ class _Child:
         assert self._process.stdin
         assert self._process.stdout
         self._out = self._process.stdout.fileno()
+        with suppress(OSError):  # a user's pipes may hold only so much
+            fcntl.fcntl(self._out, fcntl.F_SETPIPE_SZ, CHUNK)
         request = {"url": url, "offset": offset, "version": version}  # by stdin: every user may read arguments
         with suppress(BrokenPipeError):  # it died at once; `complaint` says of what
             self._process.stdin.write(json.dumps(request).encode() + b"\n")

@@ -18,6 +18,7 @@ from orchestrator.options import OnDamage
 
 OPEN_SHARDS = 64
 """At least so many stay open; a rank that reads from more at a time says so."""
+GOLDEN = (5**0.5 - 1) / 2
 
 LOG = logging.getLogger(__name__)
 
@@ -75,7 +76,9 @@ class ShardReader:
         self._needed = set(np.unique(shards).tolist())
         for number in self._needed & self._open.keys():
             self._open.move_to_end(number)
-        for number in sorted(self._needed):
+        order = self._order_of_opening()
+        for place, number in enumerate(order):
+            self._fetch(order[place:])
             mine = shards == number
             if not self._usable(number):
                 lost |= mine
@@ -90,9 +93,17 @@ class ShardReader:
 
     def ahead(self, ids: np.ndarray) -> None:
         """Begin to fetch what these samples need."""
+        self._fetch(from_a_place_of_its_own(np.unique(self._shards_of(ids)).tolist()))
+
+    def _order_of_opening(self) -> list[int]:
+        needed = sorted(self._needed)
+        return from_a_place_of_its_own(needed) if self._is_remote else needed
+
+    def _fetch(self, numbers: list[int]) -> None:
+        """Begin to fetch the first few of these shards that are not open; called again as they are opened."""
         if self._is_remote:
-            coming = [n for n in np.unique(self._shards_of(ids)).tolist() if n not in self._open]
-            self._store.ahead(self._index.shards[n] for n in coming if n not in self._quarantined)
+            coming = [number for number in numbers if number not in self._open and number not in self._quarantined]
+            self._store.ahead(self._index.shards[number] for number in coming)
 
     def take_counts(self) -> Counts:
         """What reading cost since the last call."""
@@ -165,3 +176,12 @@ class ShardReader:
                 if not isinstance(error, FileNotFoundError):  # the file was evicted: its members are read by name
                     raise
         raise TransientError(f"{redact(shard.location)}: evicted while it was opened. Way out: raise data.cache_gib")
+
+
+def from_a_place_of_its_own(numbers: list[int]) -> list[int]:
+    """The same shards, begun elsewhere by each process, so that those of a machine do not all fetch the same one.
+
+    Multiples of the golden ratio, here of process numbers, are the farther apart the fewer they are.
+    """
+    begin = int(len(numbers) * (os.getpid() * GOLDEN % 1))
+    return numbers[begin:] + numbers[:begin]

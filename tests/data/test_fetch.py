@@ -21,6 +21,7 @@ import pytest
 from serving import Fault, Served, serving
 from test_index import make_set
 
+from orchestrator.data import reader as reading
 from orchestrator.data import transfer
 from orchestrator.data.cache import GIB, Cache
 from orchestrator.data.damage import DamagedShard
@@ -314,6 +315,33 @@ def test_what_is_fetched_ahead_is_there_when_it_is_needed(far: Served) -> None:
     assert [store.path(shard).read_bytes() for shard in shards] == [near(shard, far) for shard in shards]
     assert len(far.ranges()) == 5
     store.close()
+
+
+def test_the_shards_of_one_batch_come_side_by_side(far: Served) -> None:
+    """Were each fetched when it is opened, their seconds would add up."""
+    index, far.pace_s = load_index(far.url), 0.05
+    reader = ShardReader(index)
+    found = reader.locate(np.arange(10))
+    assert [os.pread(int(d), int(n), int(o)) for d, o, n in zip(*found[:3], strict=True)] == list(
+        map(content, range(10))
+    )
+    asked = [at for at, (path, _) in zip(far.times, far.requests, strict=True) if path.endswith(".tar")]
+    alone_s = index.shards[0].filesize / (64 << 10) * far.pace_s
+    assert len(asked) == 5
+    assert asked[1] - asked[0] < alone_s / 2
+    reader.close()
+
+
+def test_processes_that_need_the_same_shards_begin_at_different_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    for count, process in itertools.product((2, 5, 16, 64), (7, 100, 54_321)):
+        begun = []
+        for number in range(process, process + min(count, 8) // 2 * 2):
+            monkeypatch.setattr(os, "getpid", lambda number=number: number)
+            order = reading.from_a_place_of_its_own(list(range(count)))
+            assert sorted(order) == list(range(count))
+            begun.append(order[0])
+        assert len(set(begun[:2])) == 2
+        assert len(set(begun)) >= len(begun) - 2
 
 
 def test_an_error_ahead_surfaces_where_the_shard_is_needed(far: Served) -> None:
