@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from orchestrator.errors import UserError
@@ -33,3 +33,15 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def holder(folder: Path) -> int | None:
+    """The process that holds the run, None where the lock is free; asks the system and leaves the lock alone."""
+    path = folder / "lock"
+    with suppress(OSError, ValueError):
+        number, pid = path.stat().st_ino, path.read_text().strip()
+        for line in Path("/proc/locks").read_text().splitlines():
+            kind, *_, holder_pid, place = line.split()[1:6]
+            if kind == "FLOCK" and holder_pid == pid and place.endswith(f":{number}"):
+                return int(pid)
+    return None

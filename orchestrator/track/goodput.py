@@ -20,6 +20,8 @@ FREE = ("idle", "queue")
 """Phases in which no process is held."""
 STRAGGLES_FROM = 1.2
 """A rank whose steps take so many times the median's is named."""
+JUDGED_FROM = 20
+"""Steps; of fewer, a busy machine makes anyone look slow."""
 
 Split = dict[str, float]
 
@@ -136,7 +138,7 @@ def _own_step_s(events: Sequence[Event]) -> float:
     told = told[1:] if len(told) > 1 else told
     first = next((e["step"] for e in events if e["kind"] == "step"), 0)
     steps = max((e["step"] for e in told), default=0) - first
-    return sum(e["phases"].get("compute", 0.0) for e in told) / steps if steps > 0 else 0.0
+    return sum(e["phases"].get("compute", 0.0) for e in told) / steps if steps >= JUDGED_FROM else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,17 @@ class RunRecord:
     """result.json"""
     events: list[Event] = field(default_factory=list)
     """Rank 0's, in the order of writing."""
+    peers: dict[int, list[Event]] = field(default_factory=dict)
+    """Those of the other ranks."""
+    launcher: list[Event] = field(default_factory=list)
+    """events/launcher.jsonl"""
     evaluation: dict[str, Any] | None = None
     """evaluation.json"""
+
+    @property
+    def ranks(self) -> dict[int, list[Event]]:
+        """The events of every rank."""
+        return {**({0: self.events} if self.events else {}), **self.peers}
 
     @property
     def run_id(self) -> str:
@@ -64,8 +73,15 @@ def load_run(folder: Path) -> RunRecord:
         bundle=_read_json(folder / "run.json") or {},
         result=_read_json(folder / "result.json") or {},
         events=read_events(folder / "events" / "rank_0.jsonl"),
+        peers={rank: read_events(path) for path in folder.glob("events/rank_*.jsonl") if (rank := _rank_of(path))},
+        launcher=read_events(folder / "events" / "launcher.jsonl"),
         evaluation=_read_json(folder / "evaluation.json"),
     )
+
+
+def _rank_of(path: Path) -> int:
+    number = path.stem.removeprefix("rank_")
+    return int(number) if number.isdecimal() else 0
 
 
 def read_events(path: Path) -> list[Event]:
