@@ -15,6 +15,7 @@ from typing import Any
 
 from tests.bench.loaders import peers, sets
 from tests.bench.loaders.catalogue import LIMIT, LOADERS, REFERENCE
+from tests.bench.loaders.process import run_and_end
 
 OUT = sets.ROOT / "bench" / "out" / "loaders.json"
 ROUNDS = int(os.environ.get("LOADERS_ROUNDS", "5"))
@@ -136,20 +137,15 @@ def summarise(runs: dict[Key, list[dict[str, float]]]) -> dict[str, Any]:
 def _start(name: str, data: Path, workers: int, *options: object) -> subprocess.CompletedProcess[str]:
     python = sys.executable if LOADERS[name].is_ours or name == LIMIT else str(peers.PYTHON)
     command = [python, "-m", "tests.bench.loaders.run", name, "--data", str(data), "--workers", str(workers)]
-    environment = os.environ | ALONE | LOADERS[name].environment
-    return subprocess.run(
-        [*command, *map(str, options)],
-        cwd=sets.ROOT, env=environment, capture_output=True, text=True, check=False, timeout=LONGEST_S,
-    )  # fmt: skip
+    return run_and_end([*command, *map(str, options)], sets.ROOT, LONGEST_S, ALONE | LOADERS[name].environment)
 
 
 def _other(module: str, data: Path) -> Any:
-    """A measurement of a module of its own, in the peers' environment, which sees ours."""
-    command = [str(peers.PYTHON), "-m", f"tests.bench.loaders.{module}", str(data)]
+    """A measurement of a module of its own; `resume` runs in the peers' environment, which sees ours."""
+    python = str(peers.PYTHON) if module == "resume" else sys.executable
+    command = [python, "-m", f"tests.bench.loaders.{module}", str(data)]
     try:
-        done = subprocess.run(
-            command, cwd=sets.ROOT, env=os.environ | ALONE, capture_output=True, text=True, check=False, timeout=OTHER_S
-        )
+        done = run_and_end(command, sets.ROOT, OTHER_S, ALONE)
     except subprocess.TimeoutExpired:
         print(f"  {data.name}: {module} left out: took longer than {OTHER_S} s", flush=True)
         return {"absent": f"took longer than {OTHER_S} s"}

@@ -16,10 +16,13 @@ def _read(item: tuple[str, int]) -> dict[str, Any]:
 
 
 def convert(data: Path, out: Path) -> None:
+    """Chunks of the usual 64 MB; smaller ones for object stores, where litdata reads the whole of a chunk that two
+    workers share for every image of it."""
     import litdata
 
+    size = "16MB" if out.name == "litdata_16mb" else "64MB"
     inputs = [(str(path), label) for path, label in photos.files(data)]
-    litdata.optimize(fn=_read, inputs=inputs, output_dir=str(out), num_workers=1, chunk_bytes="64MB")
+    litdata.optimize(fn=_read, inputs=inputs, output_dir=str(out), num_workers=1, chunk_bytes=size)
 
 
 def loader_of(place: str, workers: int, cache: str | None = None) -> Any:

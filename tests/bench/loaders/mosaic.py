@@ -38,8 +38,19 @@ def loader_of(place: str, workers: int, decoder: str, cache: str | None = None) 
     remote = place if cache else None
     dataset = Photos(remote=remote, local=cache or place, shuffle=True, batch_size=BATCH)
     return streaming.StreamingDataLoader(
-        dataset, batch_size=BATCH, num_workers=workers, drop_last=True, worker_init_fn=photos.one_thread
+        dataset, batch_size=BATCH, num_workers=workers, drop_last=True, worker_init_fn=_start_worker
     )
+
+
+def _start_worker(worker: int) -> None:
+    """Give a forked worker an S3 client of its own: on the connection that it inherits, answers to others arrive."""
+    from torch.utils.data import get_worker_info
+
+    photos.one_thread()
+    info: Any = get_worker_info()
+    for stream in info.dataset.streams:
+        if stream.remote:
+            stream._downloader.clean_up()
 
 
 def batches(data: Path, workers: int, decoder: str = "pil") -> Iterator[Any]:

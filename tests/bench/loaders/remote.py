@@ -1,154 +1,103 @@
-"""``python -m tests.bench.loaders.remote SET``: images/s from S3 on the loopback, cold and cached.
+"""``python -m tests.bench.loaders.remote SET``: an epoch from S3 on the loopback, cache empty and cache full.
 
-The store is SeaweedFS, started here and ended here. Each loader gets a fresh cache folder and two workers; the seconds
-are those from the call of iter() to the last batch of the epoch, so that what a loader fetches first is in them.
+Every epoch is a process of its own (`remote_epoch`), two workers each, in turns. What the store sent is counted: all of
+the set for an empty cache, none of it for a full one, or the figure is refused.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.bench.loaders import BATCH, lit, mosaic, ours
+from tests.bench.loaders import peers, sets
 from tests.bench.loaders.catalogue import LOADERS
-from tests.bench.loaders.sets import IMAGES
+from tests.bench.loaders.process import run_and_end
+from tests.bench.loaders.seaweed import BUCKET, Store, store
 
-WEED = Path(sys.executable).parent / "weed"
-BUCKET = "bench"
-WORKERS = 2
-BATCHES = IMAGES // BATCH - 1
-START_S = 60
-LONGEST_S = 150
-"""For a loader's upload and both epochs."""
-
-
-def _free_ports(count: int) -> list[int]:
-    """SeaweedFS listens with gRPC on a port 10,000 above each."""
-    sockets, ports = [], []
-    while len(ports) < count:
-        sockets.append(socket.create_server(("127.0.0.1", 0)))
-        port = sockets[-1].getsockname()[1]
-        ports += [port] if port < 55_000 else []
-    for one in sockets:
-        one.close()
-    return ports
+TIMES = min(3, int(os.environ.get("LOADERS_ROUNDS", "3")))
+LONGEST_S = 60
+"""For one epoch."""
+FOLDERS = {"ours": "crop_ready", "litdata": "litdata_16mb", "mosaic_io": "mds_bytes"}
+"""Loader -> what it reads, in a set and in the bucket."""
+WHOLE, NOTHING = 0.95, 0.01
+"""Of a set's bytes: at least so much is sent to an empty cache, at most so much (the index) to a full one."""
 
 
-@contextmanager
-def store(folder: Path) -> Iterator[Any]:
-    """A client of a fresh S3 store; the environment tells every loader where it is."""
-    import boto3
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A loader on an uploaded set."""
 
-    master, volume, filer, s3 = _free_ports(4)
-    url = f"http://127.0.0.1:{s3}"
-    os.environ |= {
-        "AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_REGION": "us-east-1", "AWS_ENDPOINT_URL": url,
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT": url, "AWS_ALLOW_HTTP": "true", "S3_ENDPOINT_URL": url,
-    }  # fmt: skip
-    ports = [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}"]
-    command = [
-        "setpriv",
-        "--pdeathsig",
-        "TERM",
-        WEED,
-        "server",
-        "-s3",
-        f"-dir={folder}",
-        "-ip=127.0.0.1",
-        "-volume.max=100",
-        "-s3.port.iceberg=0",
-        "-s3.port.lance=0",
-        *ports,
-    ]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        client = boto3.client("s3")
-        deadline = time.monotonic() + START_S
-        while True:
-            try:
-                client.create_bucket(Bucket=BUCKET)
-                break
-            except Exception:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.5)
-        yield client
-    finally:
-        server.terminate()
-        server.wait()
+    name: str
+    store: Store
+    size: int
+    """Bytes of the set."""
+    folder: Path
+    """For its caches."""
+
+    def round(self, number: int) -> dict[str, float]:
+        """An epoch that fills a cache, and one that reads it. Raises RuntimeError, TimeoutExpired."""
+        cache = self.folder / f"{self.name}-{number}"
+        cold, sent = self._epoch(cache)
+        _require(sent >= WHOLE * self.size, f"{sent:,} of {self.size:,} bytes were sent to an empty cache")
+        warm, sent = self._epoch(cache)
+        _require(sent <= NOTHING * self.size, f"{sent:,} of {self.size:,} bytes were sent to a full cache")
+        return {f"cold_{key}": value for key, value in cold.items()} | {f"warm_{key}": warm[key] for key in warm}
+
+    def _epoch(self, cache: Path) -> tuple[dict[str, float], int]:
+        """Figures of an epoch, and the bytes that were sent for it."""
+        before = self.store.sent_bytes()
+        done = _run(self.name, "remote_epoch", self.name, f"s3://{BUCKET}", str(cache))
+        return json.loads(done.splitlines()[-1]), self.store.sent_bytes() - before
 
 
-def upload(client: Any, folder: Path, prefix: str) -> None:
-    from boto3.s3.transfer import TransferConfig
-
-    plain = TransferConfig(use_threads=False, multipart_threshold=1 << 30)
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            client.upload_file(str(path), BUCKET, f"{prefix}/{path.relative_to(folder)}", Config=plain)
-
-
-def _too_long(*_: object) -> None:
-    raise TimeoutError(f"took longer than {LONGEST_S} s")
+def _run(name: str, module: str, *arguments: str) -> str:
+    """Run a module of this folder in the environment of a loader; returns its stdout."""
+    python = sys.executable if LOADERS[name].is_ours else str(peers.PYTHON)
+    command = [python, "-m", f"tests.bench.loaders.{module}", *arguments]
+    done = run_and_end(command, sets.ROOT, LONGEST_S)
+    lines = [line.strip() for line in done.stderr.splitlines() if "rror" in line] or [done.stderr[-200:]]
+    _require(not done.returncode, lines[-1][:300])
+    return done.stdout
 
 
-def allow_http() -> None:
-    """litdata has no setting for an S3 store without TLS on its asynchronous path."""
-    from litdata.streaming import downloader
-
-    downloader._OBSTORE_CLIENT_OPTIONS = {**(downloader._OBSTORE_CLIENT_OPTIONS or {}), "allow_http": True}
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise RuntimeError(otherwise)
 
 
-def epoch(loader: Any) -> float:
-    """Images/s."""
-    began = time.perf_counter()
-    taken = sum(1 for _ in islice(iter(loader), BATCHES))
-    assert taken == BATCHES, f"{taken} batches"
-    return round(BATCHES * BATCH / (time.perf_counter() - began), 1)
+def _prepare(name: str, data: Path, to: Store, folder: Path) -> Measured:
+    """Make what a loader reads where it is missing, and upload it."""
+    source, done = data / FOLDERS[name], data / f".{FOLDERS[name]}"
+    if FOLDERS[name] not in sets.SHARDS and not done.exists():
+        _run(name, "run", name, "--data", str(data), "--convert", "--folder", FOLDERS[name])
+        done.touch()
+    return Measured(name, to, to.upload(source, FOLDERS[name]), folder)
 
 
 def main(data: Path) -> None:
-    allow_http()
-    signal.signal(signal.SIGALRM, _too_long)
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder, store(Path(folder)) as client:
-        place, cache = f"s3://{BUCKET}", Path(folder) / "caches"
-        os.environ["ORCHESTRATOR_CACHE"] = str(cache / "ours")
-        loaders: dict[str, tuple[str, Callable[[], Any]]] = {
-            "ours": (
-                "crop_ready",
-                lambda: ours.loader_of(f"{place}/crop_ready/train", WORKERS, "fast", range(BATCHES)),
-            ),
-            "litdata": ("litdata", lambda: lit.loader_of(f"{place}/litdata", WORKERS, str(cache / "litdata"))),
-            "mosaic": ("mds", lambda: mosaic.loader_of(f"{place}/mds", WORKERS, "pil", str(cache / "mosaic"))),
-        }
-        for name, (kind, make) in loaders.items():
-            print(name, file=sys.stderr, flush=True)
-            signal.alarm(LONGEST_S)
-            try:
-                (cache / name).mkdir(parents=True, exist_ok=True)
-                upload(client, data / kind, kind)
-                cold, warm = epoch(make()), epoch(make())
-                title = LOADERS[name].title
-                found[name] = {"title": title, "cold_images_per_s": cold, "warm_images_per_s": warm}
-            except Exception as error:
-                lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-                found[name] = {"absent": f"{type(error).__name__}: {lines[-1]}"[:300]}
-    signal.alarm(0)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, store(Path(folder) / "store") as to:
+        rounds: dict[str, list[dict[str, float]]] = {}
+        loaders = {name: _prepare(name, data, to, Path(folder)) for name in FOLDERS}
+        for number in range(TIMES):
+            for name, loader in loaders.items():
+                try:
+                    if name not in found:
+                        rounds.setdefault(name, []).append(loader.round(number))
+                except (RuntimeError, subprocess.TimeoutExpired) as error:
+                    found[name] = {"absent": str(error)[:300]}
+    for name, figures in rounds.items():
+        medians = {key: round(statistics.median(one[key] for one in figures), 2) for key in figures[0]}
+        found.setdefault(name, {"title": LOADERS[name].title, **medians, "rounds": len(figures)})
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    sys.stdout.flush()
-    os._exit(0)

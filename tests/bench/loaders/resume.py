@@ -24,7 +24,9 @@ TIMES = 3
 
 
 def _ours(data: Path) -> Callable[[int], Any]:
-    return lambda step: ours.loader_of(str(data / "crop_ready" / "train"), WORKERS, "fast", range(step, 10_000))
+    shards = str(data / "crop_ready" / "train")
+    config = ours.config_of(shards, WORKERS, "fast")
+    return lambda step: ours.loader_of(shards, config, range(step, 10_000))
 
 
 def _theirs(make: Callable[[], Any]) -> Callable[[int], Any]:

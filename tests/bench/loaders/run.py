@@ -69,17 +69,19 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=6)
     parser.add_argument("--sheet", type=Path, help="draw some images instead of measuring")
     parser.add_argument("--convert", action="store_true", help="make the loader's own format instead of measuring")
+    parser.add_argument("--folder", help="of the set: what is read or made, where it is not the catalogue's")
     args = parser.parse_args()
     loader = LOADERS[args.name]
+    data = args.data / (args.folder or loader.data)
     module = importlib.import_module(f"tests.bench.loaders.{loader.module}")
     if args.convert:
-        module.convert(args.data, args.data / loader.data)
+        module.convert(args.data, data)
     elif args.name == LIMIT:
         print(json.dumps(module.measure(args.data, args.workers, args.batches, args.warm_up, args.sheet)))
     elif args.sheet:
-        sheet(iter(module.batches(args.data / loader.data, args.workers, **loader.options)), args.sheet)
+        sheet(iter(module.batches(data, args.workers, **loader.options)), args.sheet)
     else:
-        batches = iter(module.batches(args.data / loader.data, args.workers, **loader.options))
+        batches = iter(module.batches(data, args.workers, **loader.options))
         print(json.dumps(measure(batches, args.workers, args.batches, args.warm_up)))
     sys.stdout.flush()
     os._exit(0)  # some loaders take seconds to end their threads, which nobody measures
