@@ -17,6 +17,14 @@ from orchestrator.model.module import count_hits
 SHOWN_SAMPLES = 12
 
 
+class EvaluationStopped(Exception):
+    """All ranks agreed to stop between two batches of an evaluation."""
+
+    def __init__(self, exit_code: int):
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a network makes of one sample."""

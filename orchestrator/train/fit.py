@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import IO, Any
+from pathlib import Path
+from typing import IO, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -15,10 +17,10 @@ from orchestrator.bundle import Bundle
 from orchestrator.config import RunConfig
 from orchestrator.data.decode import decoder_notice
 from orchestrator.data.order import EvalPlan, TrainPlan
-from orchestrator.data.stream import Split, eval_loader, train_loader
+from orchestrator.data.stream import Batch, Split, eval_loader, train_loader
 from orchestrator.data.transforms import preprocessing_of
-from orchestrator.errors import CheckpointError, ConfigError, StopRequested
-from orchestrator.files import read_json
+from orchestrator.errors import EXIT_RESIZED, EXIT_STOPPED, CheckpointError, ConfigError, StopRequested
+from orchestrator.files import read_json, write_json
 from orchestrator.model.ema import ExponentialMovingAverage
 from orchestrator.model.module import Classifier, Span
 from orchestrator.model.weights import load_weights
@@ -29,7 +31,7 @@ from orchestrator.track import wandb
 from orchestrator.track.wandb import NullTracker, Tracker
 from orchestrator.train import checkpoint
 from orchestrator.train.checkpoint import Checkpoint, TrainState
-from orchestrator.train.evaluate import Evaluation, evaluate
+from orchestrator.train.evaluate import Evaluation, EvaluationStopped, evaluate
 from orchestrator.train.heartbeat import Heartbeat, heartbeat_file
 from orchestrator.train.ledger import Ledger, PhaseClock
 from orchestrator.train.loop import Parts, StepBorder
@@ -38,6 +40,7 @@ from orchestrator.train.preflight import Sets, class_names, open_sets, total_ste
 from orchestrator.train.process import Rank, choose_device, join_group, prepare_arithmetic
 from orchestrator.train.progress import Progress, open_progress
 from orchestrator.train.signals import StopFlag
+from orchestrator.train.requests import Requests
 from orchestrator.train.trainer import build_trainer
 from orchestrator.train.waiting import PeerWait
 from orchestrator.world import World
@@ -112,6 +115,8 @@ def _assemble(bundle: Bundle, rank: Rank, clock: PhaseClock, flag: StopFlag) -> 
 
 
 def _restore(found: Checkpoint, module: Classifier, ema: ExponentialMovingAverage | None) -> TrainState:
+    if found and found.step % plan.steps_per_epoch == 0 and not found.manifest["metrics"]:
+        parts.unjudged = found.folder
     """Put a checkpoint's weights in place; the optimizer takes its part once Lightning has built it."""
     state = found.load_state()
     way_out = "move that folder away, or train with name=..."
@@ -162,7 +167,10 @@ def _wire(
     job: Job, module: Classifier, ema: ExponentialMovingAverage | None, clock: PhaseClock, flag: StopFlag
 ) -> Parts:
     config, rank, span, sets = job.config, job.rank, job.span, job.sets
-    world = rank.world
+    world, limit_s = rank.world, config.compute.max_time_s
+    requests = Requests(job.bundle.folder, rank.attempt, clock.began + limit_s if limit_s else None)
+    if world.is_first:
+        flag.ask(requests.read)
     train = Split(sets.train, config.data, config.seed, sets.num_classes, world.rank, world.world_size)
     steps = range(span.first_step, span.total_steps)
     folder = job.bundle.folder
@@ -172,7 +180,7 @@ def _wire(
         module=module,
         ema=ema,
         loader=train_loader(job.plan, train, config.recipe.accumulate, steps, rank.device),
-        evaluate=partial(_evaluate, job, module, ema),
+        evaluate=partial(_evaluate, job, module, ema, flag),
         ledger=Ledger(folder, world.rank, rank.attempt),
         tracker=_open_tracker(job, progress) if world.is_first else NullTracker(),
         progress=progress,
@@ -184,6 +192,7 @@ def _wire(
         manifest=_manifest(job),
         recorder=recorder if world.is_first else None,
         num_samples=sets.train.num_samples,
+        requests=requests,
         lost=0,
     )
 
@@ -201,13 +210,23 @@ def _open_tracker(job: Job, progress: Progress) -> Tracker:
     )
 
 
-def _evaluate(job: Job, module: Classifier, ema: ExponentialMovingAverage | None) -> Evaluation:
+def _evaluate(job: Job, module: Classifier, ema: ExponentialMovingAverage | None, flag: StopFlag) -> Evaluation:
     config, world = job.config, job.rank.world
     plan = EvalPlan(job.sets.val.num_samples, config.eval_batch_size, world.world_size)
     split = Split(job.sets.val, config.data, config.seed, job.sets.num_classes, world.rank, world.world_size)
     net = ema.module if ema is not None else module.net
     batches = job.rank.heartbeat.following(eval_loader(plan, split, job.rank.device))
-    return evaluate(net, module.normalise, batches, job.sets.num_classes)
+    module.normalise.to(job.rank.device)
+    return evaluate(net, module.normalise, _until_stopped(batches, flag, module.step), job.sets.num_classes)
+
+
+def _until_stopped(batches: Iterable[Batch], flag: StopFlag, step: int) -> Iterator[Batch]:
+    """Ask before each batch whether all shall stop. Raises EvaluationStopped on every rank."""
+    for batch in batches:
+        agreed = flag.agree(step)
+        if agreed.exit_code is not None:
+            raise EvaluationStopped(agreed.exit_code)
+        yield batch
 
 
 def _manifest(job: Job) -> dict[str, Any]:
@@ -233,16 +252,23 @@ def _train(job: Job, parts: Parts, resumed: TrainState | None) -> None:
     if span.first_step:
         parts.progress.say(f"resuming at step {span.first_step} of {span.total_steps}")
     border = StepBorder(parts, job.rank, resumed)
-    if span.first_step < span.total_steps:
+    border.stop_code = parts.flag.agree(span.first_step).exit_code
+    if parts.unjudged is not None and border.stop_code is None:
+        _make_up_for_evaluation(parts, border, parts.unjudged)
+    if span.first_step < span.total_steps and border.stop_code is None:
         parts.progress.start(span.total_steps, span.first_step)
         build_trainer(job.config, job.rank, [border, parts.peers]).fit(module, train_dataloaders=parts.loader)
         parts.progress.stop()
     parts.heartbeat.enter("end", module.step)
     parts.ledger.write("trained", step=module.step, phases=parts.clock.take())
+    parts.heartbeat.beat(span.first_step)
     parts.clock.rest = "finish"
-    if border.stop_code is not None and module.step < span.total_steps:
+    evaluation = border.last if module.step == span.total_steps else None
+    if border.stop_code is None and evaluation is None:
+        evaluation = _evaluate_again(parts)
+    if evaluation is None:
+        assert border.stop_code is not None
         _stop(parts, border.stop_code)
-    evaluation = border.last or _evaluate_again(parts)
     if parts.recorder is not None:
         _finish(job, parts, parts.recorder, evaluation)
     parts.ledger.write("end", step=module.step, exit_code=0, phases=parts.clock.take())
@@ -251,10 +277,21 @@ def _train(job: Job, parts: Parts, resumed: TrainState | None) -> None:
 def _evaluate_again(parts: Parts) -> Evaluation:
     """The last evaluation of a run whose earlier attempt ended between its last save and its end."""
     parts.heartbeat.enter("validation", parts.module.step)
-    with parts.clock.phase("evaluation"):
-        evaluation = parts.evaluate()
-    parts.heartbeat.enter("end", parts.module.step)
-    return evaluation
+    try:
+        with parts.clock.phase("evaluation"):
+            return parts.evaluate()
+    except EvaluationStopped as stopped:
+        _stop(parts, stopped.exit_code)
+    finally:
+        parts.heartbeat.enter("end", parts.module.step)
+def _make_up_for_evaluation(parts: Parts, border: StepBorder, folder: Path) -> None:
+    """Evaluate the checkpoint whose evaluation a stop cut short, and put its metrics down as if nothing had been."""
+    metrics = border.evaluate(parts.module.step)
+    if metrics and parts.recorder is not None:
+        manifest = checkpoint.read_checkpoint(folder).manifest
+        write_json(folder / checkpoint.MANIFEST, {**manifest, "metrics": metrics})
+
+
 
 
 def _start_facts(job: Job, parts: Parts) -> dict[str, Any]:
@@ -270,11 +307,14 @@ def _start_facts(job: Job, parts: Parts) -> dict[str, Any]:
     }
 
 
-def _stop(parts: Parts, exit_code: int) -> None:
+def _stop(parts: Parts, exit_code: int) -> NoReturn:
     step = parts.module.step
     parts.ledger.write("stop", step=step, exit_code=exit_code, phases=parts.clock.take())
     if parts.recorder is not None:
-        parts.recorder.stopped(step, exit_code)
+        if step and exit_code != EXIT_RESIZED:  # before the first step there is nothing that a result could tell
+            parts.recorder.stopped(step, exit_code)
+        if exit_code == EXIT_STOPPED:
+            parts.requests.obeyed()
         parts.tracker.finish(timeout_s=STOP_MIRROR_S, exit_code=exit_code)
     raise StopRequested(f"stopped after saving step {step}", exit_code)
 

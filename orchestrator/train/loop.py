@@ -25,13 +25,14 @@ from orchestrator.track.wandb import Tracker
 from orchestrator.train import checkpoint
 from orchestrator.train.checkpoint import TrainState
 from orchestrator.train.divergence import RankCheck, replicated_tensors
-from orchestrator.train.evaluate import Evaluation
+from orchestrator.train.evaluate import Evaluation, EvaluationStopped
 from orchestrator.train.heartbeat import Heartbeat
 from orchestrator.train.ledger import Ledger, PhaseClock
 from orchestrator.train.outcome import Recorder
 from orchestrator.train.pace import Pace, at_own_place, slowest
 from orchestrator.train.process import Rank
 from orchestrator.train.progress import Progress
+from orchestrator.train.requests import Requests
 from orchestrator.train.signals import StopFlag
 from orchestrator.train.waiting import PeerWait
 
@@ -52,6 +53,7 @@ class Parts:
     clock: PhaseClock
     peers: PeerWait
     flag: StopFlag
+    requests: Requests
     heartbeat: Heartbeat
     checkpoints: Path
     manifest: dict[str, Any]
@@ -63,6 +65,8 @@ class Parts:
     lost: int
     """Samples that this epoch lost before the checkpoint that the attempt goes on from, over all ranks."""
 
+    unjudged: Path | None = None
+    """The checkpoint that the attempt goes on from, where a stop came amid its evaluation."""
 
 class StepBorder(pl.Callback):
     """Runs on every rank; only the first one's ledger, tracker and progress do anything."""
@@ -117,14 +121,15 @@ class StepBorder(pl.Callback):
         with self.parts.clock.phase("communication_wait"):
             agreed = self.parts.flag.agree(step, self._is_save_due(step, last))
         self.stop_code = agreed.exit_code
+        self.parts.requests.note_border()
         if self.ranks.due(step, agreed.save):
             self.ranks.require_equal(
                 replicated_tensors(self.parts.module.net, self.parts.ema, trainer.optimizers[0]), step
             )
         if epoch_ends:
             self._report_reading(step)
-        metrics = self._evaluate(step) if epoch_ends else {}
-        if agreed.save:
+        metrics = self.evaluate(step) if epoch_ends else {}
+        if agreed.save or self.stop_code is not None:
             self._save(trainer, step, metrics)
         trainer.should_stop = self.stop_code is not None
 
@@ -208,12 +213,19 @@ class StepBorder(pl.Callback):
         self.parts.ledger.write(kind, step=step, **facts, **({"phases": phases} if phases else {}))
         self.parts.tracker.log({"global_step": step, **facts})
 
-    def _evaluate(self, step: int) -> dict[str, Any]:
+    def evaluate(self, step: int) -> dict[str, Any]:
+        """The metrics of this step; none where all ranks agreed to stop meanwhile, which the next attempt makes up."""
         began = time.perf_counter()
         self.parts.heartbeat.enter("validation", step)
-        with self.parts.clock.phase("evaluation"):
-            self.last = self.parts.evaluate()
-        self.parts.heartbeat.enter("step", step)
+        try:
+            with self.parts.clock.phase("evaluation"):
+                self.last = self.parts.evaluate()
+        except EvaluationStopped as stopped:
+            self.stop_code, self.last = stopped.exit_code, None
+            return {}
+        finally:
+            self.parts.heartbeat.enter("step", step)
+            self.parts.requests.skip()
         metrics = self.last.metrics()
         seconds = time.perf_counter() - began
         epoch = step / self.parts.module.span.steps_per_epoch
@@ -247,6 +259,7 @@ class StepBorder(pl.Callback):
     def _state(self, trainer: pl.Trainer) -> TrainState:
         ema = self.parts.ema.state_dict() if self.parts.ema is not None else None
         scaler = trainer.precision_plugin.state_dict()
+        self.parts.requests.note_save(seconds)
         return TrainState(self.parts.module.net.state_dict(), ema, trainer.optimizers[0].state_dict(), scaler)
 
 

@@ -31,6 +31,7 @@ class Requests:
         self._looked = self._border = 0.0
         self._steps: deque[float] = deque(maxlen=RECENT_STEPS)
         self._save_s = 0.0
+        self._stopping = False
 
     def note_border(self) -> None:
         """A step has ended: its length tells how long the next one may take."""
@@ -49,9 +50,8 @@ class Requests:
         self._border = 0.0
 
     def read(self, step: int) -> Request:
-        if self._is_too_late() or self._stop_file_says(step):
-            return Request.stop
-        return self._asked.request
+        self._stopping = self._stopping or self._is_too_late() or self._stop_file_says(step)
+        return Request.stop if self._stopping else self._asked.request
 
     def _is_too_late(self) -> bool:
         """Whether another step and the save after it might not end before the deadline."""

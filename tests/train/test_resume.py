@@ -85,13 +85,15 @@ def test_another_seed_ends_with_other_bits(cli: Cli, overrides: tuple[str, ...],
     assert other.json()["run_id"] != undisturbed.result["run_id"]
 
 
-def test_a_stop_at_the_very_last_step_is_the_end(
+def test_a_stop_at_the_very_last_step_leaves_the_evaluation_to_the_next_command(
     cli: Cli, overrides: tuple[str, ...], undisturbed: Run, saboteur: Saboteur
 ) -> None:
     saboteur.arm("SIGTERM", 0, LAST_STEP)
-    answer = cli("train", *overrides, "--json")
+    stopped = cli("train", *overrides, "--json")
     assert saboteur.fired
-    require_equal_to(undisturbed, answer, cli)
+    assert stopped.code == 143, stopped.err
+    assert (stopped.json()["step"], stopped.json()["metrics"]) == (LAST_STEP, {})
+    require_equal_to(undisturbed, cli("train", *overrides, "--json"), cli)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
