@@ -111,12 +111,12 @@ def _assemble(bundle: Bundle, rank: Rank, clock: PhaseClock, flag: StopFlag) -> 
     state = _restore(found, module, ema) if found else None
     parts = _wire(job, module, ema, clock, flag)
     parts.lost = found.manifest["lost"] if found else 0
+    if found and found.step % plan.steps_per_epoch == 0 and not found.manifest["metrics"]:
+        parts.unjudged = found.folder
     return job, parts, state
 
 
 def _restore(found: Checkpoint, module: Classifier, ema: ExponentialMovingAverage | None) -> TrainState:
-    if found and found.step % plan.steps_per_epoch == 0 and not found.manifest["metrics"]:
-        parts.unjudged = found.folder
     """Put a checkpoint's weights in place; the optimizer takes its part once Lightning has built it."""
     state = found.load_state()
     way_out = "move that folder away, or train with name=..."
@@ -187,12 +187,12 @@ def _wire(
         clock=clock,
         peers=PeerWait(rank.device),
         flag=flag,
+        requests=requests,
         heartbeat=rank.heartbeat,
         checkpoints=folder / "checkpoints",
         manifest=_manifest(job),
         recorder=recorder if world.is_first else None,
         num_samples=sets.train.num_samples,
-        requests=requests,
         lost=0,
     )
 
@@ -251,6 +251,7 @@ def _train(job: Job, parts: Parts, resumed: TrainState | None) -> None:
         parts.progress.say(notice)
     if span.first_step:
         parts.progress.say(f"resuming at step {span.first_step} of {span.total_steps}")
+    parts.heartbeat.beat(span.first_step)
     border = StepBorder(parts, job.rank, resumed)
     border.stop_code = parts.flag.agree(span.first_step).exit_code
     if parts.unjudged is not None and border.stop_code is None:
@@ -261,7 +262,6 @@ def _train(job: Job, parts: Parts, resumed: TrainState | None) -> None:
         parts.progress.stop()
     parts.heartbeat.enter("end", module.step)
     parts.ledger.write("trained", step=module.step, phases=parts.clock.take())
-    parts.heartbeat.beat(span.first_step)
     parts.clock.rest = "finish"
     evaluation = border.last if module.step == span.total_steps else None
     if border.stop_code is None and evaluation is None:
@@ -274,6 +274,14 @@ def _train(job: Job, parts: Parts, resumed: TrainState | None) -> None:
     parts.ledger.write("end", step=module.step, exit_code=0, phases=parts.clock.take())
 
 
+def _make_up_for_evaluation(parts: Parts, border: StepBorder, folder: Path) -> None:
+    """Evaluate the checkpoint whose evaluation a stop cut short, and put its metrics down as if nothing had been."""
+    metrics = border.evaluate(parts.module.step)
+    if metrics and parts.recorder is not None:
+        manifest = checkpoint.read_checkpoint(folder).manifest
+        write_json(folder / checkpoint.MANIFEST, {**manifest, "metrics": metrics})
+
+
 def _evaluate_again(parts: Parts) -> Evaluation:
     """The last evaluation of a run whose earlier attempt ended between its last save and its end."""
     parts.heartbeat.enter("validation", parts.module.step)
@@ -284,14 +292,6 @@ def _evaluate_again(parts: Parts) -> Evaluation:
         _stop(parts, stopped.exit_code)
     finally:
         parts.heartbeat.enter("end", parts.module.step)
-def _make_up_for_evaluation(parts: Parts, border: StepBorder, folder: Path) -> None:
-    """Evaluate the checkpoint whose evaluation a stop cut short, and put its metrics down as if nothing had been."""
-    metrics = border.evaluate(parts.module.step)
-    if metrics and parts.recorder is not None:
-        manifest = checkpoint.read_checkpoint(folder).manifest
-        write_json(folder / checkpoint.MANIFEST, {**manifest, "metrics": metrics})
-
-
 
 
 def _start_facts(job: Job, parts: Parts) -> dict[str, Any]:

@@ -64,9 +64,9 @@ class Parts:
     """Of the training set."""
     lost: int
     """Samples that this epoch lost before the checkpoint that the attempt goes on from, over all ranks."""
-
     unjudged: Path | None = None
     """The checkpoint that the attempt goes on from, where a stop came amid its evaluation."""
+
 
 class StepBorder(pl.Callback):
     """Runs on every rank; only the first one's ledger, tracker and progress do anything."""
@@ -118,10 +118,10 @@ class StepBorder(pl.Callback):
             self.parts.clock.rest = "compute"
         if epoch_ends or step == 1 or step % config.tracking.log_every_steps == 0:
             self._log(step)
+        self.parts.requests.note_border()
         with self.parts.clock.phase("communication_wait"):
             agreed = self.parts.flag.agree(step, self._is_save_due(step, last))
         self.stop_code = agreed.exit_code
-        self.parts.requests.note_border()
         if self.ranks.due(step, agreed.save):
             self.ranks.require_equal(
                 replicated_tensors(self.parts.module.net, self.parts.ema, trainer.optimizers[0]), step
@@ -250,6 +250,7 @@ class StepBorder(pl.Callback):
             folder = checkpoint.save(self.parts.checkpoints, self._state(trainer), manifest)
         self.parts.heartbeat.enter("step", step)
         seconds = time.perf_counter() - began
+        self.parts.requests.note_save(seconds)
         facts = {"seconds": round(seconds, 3), "path": f"checkpoints/{folder.name}", "phases": self.pace.take()}
         self.parts.ledger.write("save", step=step, **facts)
         if self.parts.recorder is not None:
@@ -259,7 +260,6 @@ class StepBorder(pl.Callback):
     def _state(self, trainer: pl.Trainer) -> TrainState:
         ema = self.parts.ema.state_dict() if self.parts.ema is not None else None
         scaler = trainer.precision_plugin.state_dict()
-        self.parts.requests.note_save(seconds)
         return TrainState(self.parts.module.net.state_dict(), ema, trainer.optimizers[0].state_dict(), scaler)
 
 
