@@ -30,6 +30,7 @@ from orchestrator.plain import to_dict
 from orchestrator.track import wandb
 from orchestrator.track.wandb import NullTracker, Tracker
 from orchestrator.train import checkpoint
+from orchestrator.train.beats import Beats
 from orchestrator.train.checkpoint import Checkpoint, TrainState
 from orchestrator.train.evaluate import Evaluation, EvaluationStopped, evaluate
 from orchestrator.train.heartbeat import Heartbeat, heartbeat_file
@@ -258,7 +259,7 @@ def _train(job: Job, parts: Parts, resumed: TrainState | None) -> None:
         _make_up_for_evaluation(parts, border, parts.unjudged)
     if span.first_step < span.total_steps and border.stop_code is None:
         parts.progress.start(span.total_steps, span.first_step)
-        build_trainer(job.config, job.rank, [border, parts.peers]).fit(module, train_dataloaders=parts.loader)
+        build_trainer(job.config, job.rank, [border, parts.peers, Beats(parts.heartbeat)]).fit(module, train_dataloaders=parts.loader)
         parts.progress.stop()
     parts.heartbeat.enter("end", module.step)
     parts.ledger.write("trained", step=module.step, phases=parts.clock.take())
