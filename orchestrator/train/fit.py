@@ -259,7 +259,8 @@ def _train(job: Job, parts: Parts, resumed: TrainState | None) -> None:
         _make_up_for_evaluation(parts, border, parts.unjudged)
     if span.first_step < span.total_steps and border.stop_code is None:
         parts.progress.start(span.total_steps, span.first_step)
-        build_trainer(job.config, job.rank, [border, parts.peers, Beats(parts.heartbeat)]).fit(module, train_dataloaders=parts.loader)
+        callbacks = [border, parts.peers, Beats(parts.heartbeat)]
+        build_trainer(job.config, job.rank, callbacks).fit(module, train_dataloaders=parts.loader)
         parts.progress.stop()
     parts.heartbeat.enter("end", module.step)
     parts.ledger.write("trained", step=module.step, phases=parts.clock.take())
