@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart check format test test-all bench gpu-check docs lock clean
+.PHONY: help install quickstart check format test test-faults test-all fault-table bench gpu-check docs lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,12 @@ format: install  ## rewrite the sources in the project's form
 
 test: install  ## the default suite
 	$(BIN)/pytest
+
+test-faults: install  ## a dozen cells of the fault matrix
+	$(BIN)/pytest -m faults tests/faults
+
+fault-table: install  ## every fault on every rank in every phase, and the table of docs/reliability.md
+	$(BIN)/python tests/faults/table.py
 
 test-all: install  ## the slow tests too
 	$(BIN)/pytest -m "not gpu"

@@ -134,6 +134,8 @@ def finish(process: subprocess.Popen, timeout_s: float = 120) -> Answer:
 class Saboteur:
     """Steers the test package's model: at a rank's n-th training batch of an attempt it does something once.
 
+    `white` and `nan` hold until it is disarmed: images that are white in the middle, or all of them, become NaN.
+
     The model is a plain small network, so a run with it is the same run whether something is done or not.
     """
 
@@ -141,7 +143,7 @@ class Saboteur:
         self.site, self._order, self._done = site, site / "saboteur_order.json", site / "saboteur_done"
 
     def arm(self, do: str, rank: int, batch: int) -> None:
-        """`do`: a signal that the rank sends to itself, `raise`, `sleep`, or `flip` a bit of its weights."""
+        """`do`: a signal that the rank sends to itself, `raise`, `sleep`, `flip` (a weight's bit), `gradient` (NaN)."""
         self._done.unlink(missing_ok=True)
         self._order.write_text(json.dumps({"do": do, "rank": rank, "batch": batch}))
 
@@ -175,13 +177,22 @@ class Net(nn.Module):
     def forward(self, x):
         if self.training:
             self.batches += 1
-            self.obey()
+            self.obey(x)
         return self.head(self.body(x).mean((2, 3)))
 
-    def obey(self):
+    def blank(self, x, what):
+        """NaN in every image, or in those that are white in the middle."""
+        middle = x[:, :, 3:5, 3:5].amin((1, 2, 3))
+        x[(middle > 0.99) | (what == "nan")] = float("nan")
+
+    def obey(self, x):
         if not ORDER.exists():
             return
         order = json.loads(ORDER.read_text())
+        if order["do"] in ("white", "nan"):
+            DONE.write_text(str(os.getpid()))
+            self.blank(x, order["do"])
+            return
         rank = int(os.environ.get("RANK", "0"))
         if (order["rank"], order["batch"]) != (rank, self.batches):
             return
@@ -194,6 +205,9 @@ class Net(nn.Module):
         DONE.write_text(str(os.getpid()))
         if order["do"] == "flip":
             self.head.weight.data.view(torch.int32)[0, 0] ^= 1 << 20
+            return
+        if order["do"] == "gradient":
+            hook = self.head.weight.register_hook(lambda gradient: (hook.remove(), gradient * float("nan"))[1])
             return
         if order["do"] == "raise":
             raise ArithmeticError("the saboteur struck")
