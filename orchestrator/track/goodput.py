@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from statistics import median_low
 from typing import Any
 
-from orchestrator.track.runs import Event, history
-from orchestrator.track.timeline import PHASES, AttemptSpan, Piece, Timeline
+from orchestrator.track.runs import Event, RunRecord, history
+from orchestrator.track.timeline import PHASES, AttemptSpan, Piece, Timeline, read_timeline
 
 USEFUL = ("compute", "communication_wait")
 FREE = ("idle", "queue")
@@ -85,6 +85,20 @@ def _bills(timeline: Timeline) -> Iterator[Bill]:
     for gap in timeline.gaps:
         for phase, spent in gap.piece.seconds.items():
             yield Bill(phase, spent, 0.0 if phase in FREE else spent * gap.world_size, usual)
+
+
+def measure_run(run: RunRecord) -> Goodput:
+    """The sums of a run's record, priced by its own config."""
+    prices = (run.config.get("cluster") or {}).get("prices") or []
+    return measure(read_timeline(run.ranks, run.launcher), read_prices(prices))
+
+
+def summary(came: Goodput) -> dict[str, float]:
+    """What a mirror shows of it."""
+    cost = {} if came.total_cost is None else {"time/cost": round(came.total_cost, 4)}
+    seconds = {f"time/{phase}_s": round(spent, 3) for phase, spent in came.seconds.items()}
+    hours = {"time/process_hours": round(came.process_hours, 4), "time/wall_s": round(came.wall_s, 3)}
+    return {"goodput": round(came.value, 4), **seconds, **hours, **cost}
 
 
 def rank_split(timeline: Timeline, rank: int) -> Split:

@@ -12,6 +12,7 @@ from typing import Any
 from orchestrator.track import sections, words
 from orchestrator.track.charts import draw_charts
 from orchestrator.track.runs import RunRecord, history, load_run
+from orchestrator.track.spent import spent
 
 NUMBERED_UP_TO = 20
 """Classes whose confusion matrix still shows its counts; a larger one is a picture."""
@@ -58,7 +59,7 @@ def _parts(run: RunRecord) -> dict[str, Any]:
         "failure": sections.failure(run),
         "attempts": sections.attempts(run),
         "reading": sections.reading(run),
-        "phases": sections.time_split(run),
+        "spent": _drawn(spent(run)),
         "config": sections.config_rows(run),
         "environment": sections.environment(run),
         "evaluation": evaluation,
@@ -68,6 +69,12 @@ def _parts(run: RunRecord) -> dict[str, Any]:
         "samples": {kind: _pictures(run.folder, evaluation.get(kind) or []) for kind in ("worst", "best")},
         "last_event": words.moment(next((e["t"] for e in reversed(run.events) if "t" in e), None)),
     }
+
+
+def _drawn(parts: dict[str, Any] | None) -> dict[str, Any] | None:
+    from markupsafe import Markup
+
+    return parts and {**parts, "bar": Markup(parts["bar"])}
 
 
 def confusion(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:

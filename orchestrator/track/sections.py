@@ -9,17 +9,9 @@ from typing import Any
 
 from orchestrator.track.redact import without_secrets
 from orchestrator.track.runs import Event, RunRecord, history, value
+from orchestrator.track.timeline import read_timeline
 from orchestrator.track.words import duration, exit_meaning, moment, percent, plain, share
 
-PHASES = {
-    "import": "import",
-    "start": "start",
-    "data_wait": "wait for data",
-    "compute": "compute",
-    "evaluate": "evaluate",
-    "save": "save",
-    "other": "other",
-}
 READING = {
     "data/shards_fetched": "shards fetched",
     "data/gib_fetched": "GiB",
@@ -70,12 +62,12 @@ def best_epoch(events: Iterable[Event]) -> tuple[str, str] | None:
 
 
 def wall_seconds(run: RunRecord) -> float | None:
-    """Seconds of all attempts: as accounted for, or from the first to the last event of a run that still goes."""
+    """Seconds from the first to the last event; where there is none, as accounted for."""
+    timeline = read_timeline(run.ranks, run.launcher)
+    if timeline.ended > timeline.began:
+        return timeline.ended - timeline.began
     seconds = run.result.get("seconds") or {}
-    if seconds:
-        return sum(seconds.values())
-    times = [event["t"] for event in run.events if "t" in event]
-    return times[-1] - times[0] if len(times) > 1 else None
+    return sum(seconds.values()) if seconds else None
 
 
 def headline(run: RunRecord) -> str:
@@ -103,7 +95,7 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
         (f"Best top-1, epoch {best[1]}" if best else "", best[0] if best else None),
         ("Wall time", duration(wall_seconds(run)) if wall_seconds(run) else None),
         ("Processes", world_size),
-        ("Attempts", run.result.get("attempts") or len(attempts(run)) or None),
+        ("Attempts", max(run.result.get("attempts") or 0, len(attempts(run))) or None),
         ("Throughput", f"{speeds[len(speeds) // 2]:,.0f} images/s" if speeds else None),
     ]
     return [(name, str(text)) for name, text in rows if text is not None]
@@ -165,36 +157,29 @@ def attempts(run: RunRecord) -> list[dict[str, str]]:
     groups: dict[object, list[Event]] = {}
     for event in run.events:
         groups.setdefault(event.get("attempt", 1), []).append(event)
-    rows = [_attempt(str(number), group) for number, group in groups.items()]
+    faults = {event["attempt"]: event for event in run.launcher if event["kind"] == "fault"}
+    rows = [_attempt(str(number), group, faults.get(number, {})) for number, group in groups.items()]
     if rows and not rows[-1]["ended"] and run.state == "running":
         rows[-1]["ended"] = "going on"
     return [{**row, "ended": row["ended"] or "killed or crashed"} for row in rows]
 
 
-def _attempt(number: str, group: list[Event]) -> dict[str, str]:
+def _attempt(number: str, group: list[Event], fault: Event) -> dict[str, str]:
     steps = [event["step"] for event in group if "step" in event]
     times = [event["t"] for event in group if "t" in event]
     ending = next((e for e in reversed(group) if e["kind"] in {"end", "stop"}), {})
     ended = exit_meaning(ending.get("exit_code")) or ("stopped on request" if ending.get("kind") == "stop" else "")
+    if fault:
+        rank = f"rank {fault['rank']}: " if fault.get("rank") is not None else ""
+        ended = rank + (str(fault.get("error") or "").splitlines() or ["unknown"])[0]
     return {
         "number": number,
+        "processes": str(next((e["world_size"] for e in group if "world_size" in e), "–")),
         "started": moment(times[0] if times else None),
         "steps": f"{min(steps):,} → {max(steps):,}" if steps else "–",
         "lasted": duration(times[-1] - times[0]) if times else "–",
         "ended": f"stopped: {ending['reason']}" if "reason" in ending else ended,
     }
-
-
-def time_split(run: RunRecord) -> list[dict[str, Any]]:
-    """Seconds by phase in the order of a run, unknown phases last."""
-    seconds = {k: v for k, v in (run.result.get("seconds") or {}).items() if isinstance(v, int | float) and v > 0}
-    total = sum(seconds.values())
-    order = [*(phase for phase in PHASES if phase in seconds), *(phase for phase in seconds if phase not in PHASES)]
-    return [
-        {"phase": phase, "name": PHASES.get(phase, phase), "seconds": duration(seconds[phase]),
-         "percent": percent(share(seconds[phase], total), 1), "width": round(100 * share(seconds[phase], total), 3)}
-        for phase in order
-    ]  # fmt: skip
 
 
 def config_rows(run: RunRecord) -> dict[str, list[tuple[str, str, str]]]:

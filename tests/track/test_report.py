@@ -12,12 +12,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from histories import Costs, Simulation, exponential_kills
 from made_up_runs import MadeUpRun
 
 from orchestrator.track import sections
 from orchestrator.track.charts import PALETTE, attempt_marks, draw_charts
 from orchestrator.track.report import confusion, write_report
 from orchestrator.track.runs import RunRecord, history, load_run
+from orchestrator.track.spent import Scale, draw_bar, spent
+from orchestrator.track.timeline import read_timeline
 
 NASTY = "<script>alert('x')</script>"
 VOID = {"meta", "img", "br", "link", "input"}
@@ -107,7 +110,7 @@ def test_what_users_name_is_text_and_never_markup(tmp_path: Path):
 def test_the_verdict_states_counts_checkpoints_and_commands(tmp_path: Path):
     text = "".join(Page(page(MadeUpRun(), tmp_path / "quickstart-0123abcd")).text)
     place = "runs/quickstart-0123abcd/checkpoints/step_00000230"
-    for words in ("98.33 %", "354 of 360 images right", "top-5 100.00 %", "1 min 26 s", place,
+    for words in ("98.33 %", "354 of 360 images right", "top-5 100.00 %", "1 min 32 s", place,
                   f"orchestrator evaluate checkpoint={place}", f"orchestrator predict checkpoint={place} IMAGE",
                   "orchestrator train experiment=quickstart optimizer.lr=0.02"):  # fmt: skip
         assert words in text
@@ -162,13 +165,6 @@ def test_classes_without_a_sample_are_no_bars_and_no_division_by_zero():
     empty = confusion({"confusion": [[0, 0], [1, 1]], "classes": ["a", "b"]})
     assert empty is not None
     assert [cell["shade"] for cell in empty["rows"][0]["cells"]] == [0.0, 0.0]
-
-
-def test_the_time_split_sums_to_the_whole():
-    seconds = {"compute": 30.0, "new_phase": 5.0, "import": 15.0, "save": 0.0}
-    split = sections.time_split(RunRecord(Path("r"), result={"seconds": seconds}))
-    assert [part["name"] for part in split] == ["import", "compute", "new_phase"]
-    assert [part["percent"] for part in split] == ["30.0 %", "60.0 %", "10.0 %"]
 
 
 def test_attempts_are_marked_where_they_went_on():
@@ -249,3 +245,71 @@ def cpu_seconds(command: list[str]) -> float:
     subprocess.run(command, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def of_history(played: Simulation, prices: list[str] | None = None) -> RunRecord:
+    bundle = {"config": {"cluster": {"prices": prices or [], "currency": "EUR"}}}
+    peers = {rank: events for rank, events in played.ranks.items() if rank}
+    return RunRecord(Path("r"), bundle, {"state": "done"}, played.ranks[0], peers=peers, launcher=played.launcher)
+
+
+class TestTime:
+    """The bar over the wall time, the table of its split, the faults."""
+
+    def test_the_shares_and_the_sum_of_the_table_are_those_of_the_split(self):
+        kills = iter([4.0, 5.0])
+        played = Simulation(Costs(), lambda: next(kills, float("inf"))).play()
+        told = spent(of_history(played, ["cpu=3.6"]))
+        assert told is not None
+        *parts, total = told["rows"]
+        assert sum(float(row["share"].split()[0]) for row in parts) == pytest.approx(100, abs=0.5)
+        assert sum(float(row["cost"].split()[0]) for row in parts) == pytest.approx(
+            float(total["cost"].split()[0]), 0.01
+        )
+        assert total["cost"].endswith(" EUR")
+        assert {"lost_work", "recovery", "compute"} <= {row["phase"] for row in parts}
+        assert [fault["what"] for fault in told["faults"]] == ["killed by SIGKILL"] * 2
+        assert 0 < told["marks"][0] < told["marks"][1] < 100
+
+    def test_the_areas_of_the_bar_are_the_shares_of_the_phases(self):
+        played = Simulation(Costs(steps=200), lambda: float("inf")).play()
+        record = of_history(played)
+        timeline = read_timeline(record.ranks, record.launcher)
+        svg = draw_bar(timeline, Scale(timeline))
+        areas = {
+            phase: sum(int(w) * int(h) for w, h in re.findall(r"M\d+ \d+h(\d+)v(\d+)h-\d+z", path))
+            for phase, path in re.findall(r'class="ph-(\w+)" d="([^"]*)"', svg)
+        }
+        assert sum(areas.values()) == pytest.approx(180 * 100, rel=0.01)
+        for phase, seconds in played.truth.items():
+            share = seconds / sum(played.truth.values())
+            assert areas.get(phase, 0) / (180 * 100) == pytest.approx(share, abs=0.01), phase
+
+    def test_a_night_takes_little_of_the_bar_and_all_of_its_time_in_the_table(self):
+        kills = iter([4.0])
+        played = Simulation(Costs(), lambda: next(kills, float("inf")), night=1.0).play()
+        told = spent(of_history(played))
+        assert told is not None
+        assert told["shortened"]
+        assert told["rows"][0]["phase"] == "idle"
+        assert told["rows"][0]["seconds"] == "1 h 0 min"
+        (path,) = re.findall(r'class="ph-idle" d="([^"]*)"', told["bar"])
+        area = sum(int(w) * int(h) for w, h in re.findall(r"h(\d+)v(\d+)h-", path))
+        assert 0.03 < area / (180 * 100) < 0.07
+
+    def test_a_page_with_two_hundred_faults_stays_small_and_names_the_rest(self, tmp_path: Path):
+        kills = exponential_kills(3.0, seed=3, most=200)
+        played = Simulation(Costs(steps=400, save_every=2), kills).play()
+        folder = MadeUpRun().write(tmp_path / "quickstart-0123abcd")
+        for rank, events in played.ranks.items():
+            (folder / "events" / f"rank_{rank}.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+        (folder / "events" / "launcher.jsonl").write_text("".join(json.dumps(e) + "\n" for e in played.launcher))
+        text = write_report(folder).read_text()
+        assert len(text) < 1_000_000
+        assert Page(text).open == []
+        assert f"and {played.kills - 12} more" in text
+        assert text.count('class="fault"') == played.kills
+
+    def test_events_without_phases_draw_nothing(self):
+        assert spent(RunRecord(Path("r"), events=MadeUpRun().events())) is None
+        assert spent(RunRecord(Path("r"))) is None
