@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import os
-import random
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from orchestrator.errors import CheckpointError
-from orchestrator.files import disk_errors, hash_file, sync_folder, write_json
+from orchestrator.files import hash_file, write_json
+from orchestrator.train.state import TrainState, hash_state, hash_tensors
 
+__all__ = ["Checkpoint", "TrainState", "hash_state", "hash_tensors", "newest", "open_checkpoint", "read_checkpoint"]
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
@@ -33,17 +31,9 @@ MODEL = "model.safetensors"
 EMA = "ema.safetensors"
 OPTIMIZER = "optimizer.pt"
 LATEST = "latest.json"
+FIELDS = {"step": int, "metrics": dict, "weights_sha256": str, "state_sha256": str, "files": dict}
+"""What every manifest says, by type."""
 OTHER_CHECKPOINT = "Way out: use another checkpoint; ID:last takes the newest whole one"
-
-
-@dataclass(slots=True)
-class TrainState:
-    """The tensors of a run between two steps."""
-
-    model: dict[str, torch.Tensor]
-    ema: dict[str, torch.Tensor] | None
-    optimizer: dict[str, Any]
-    scaler: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +48,18 @@ class Checkpoint:
         return self.manifest["step"]
 
     def load_state(self) -> TrainState:
-        """All tensors, on the CPU."""
-        optimizer = torch.load(self.folder / OPTIMIZER, map_location="cpu", weights_only=True)
-        ema = load_file(self.folder / EMA) if EMA in self.manifest["files"] else None
-        return TrainState(load_file(self.folder / MODEL), ema, optimizer["optimizer"], optimizer["scaler"])
+        """All tensors, on the CPU. Raises CheckpointError where a file holds something else."""
+        optimizer = load_plain(self.folder / OPTIMIZER)
+        ema = load_tensors(self.folder / EMA) if EMA in self.manifest["files"] else None
+        if not isinstance(optimizer, dict) or not {"optimizer", "scaler"} <= set(optimizer):
+            raise CheckpointError(f"{self.folder / OPTIMIZER} holds no optimizer and scaler. {OTHER_CHECKPOINT}")
+        return TrainState(load_tensors(self.folder / MODEL), ema, optimizer["optimizer"], optimizer["scaler"])
 
     def load_weights(self) -> dict[str, torch.Tensor]:
         """What evaluation uses: the moving average where the run kept one, else the model."""
         if EMA not in self.manifest["files"]:
-            return load_file(self.folder / MODEL)
-        averaged = load_file(self.folder / EMA)
+            return load_tensors(self.folder / MODEL)
+        averaged = load_tensors(self.folder / EMA)
         return {name.removeprefix("module."): averaged[name] for name in averaged if name.startswith("module.")}
 
 
@@ -75,131 +67,56 @@ def step_folder(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over name, dtype, shape and bytes of each tensor in the order of names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def rank_file(rank: int) -> str:
+    return f"rank_{rank}.pt"
 
 
-def hash_state(state: TrainState, step: int, weights_sha256: str | None = None) -> str:
-    """The same over model, moving average, optimizer and loss scale; schedule and random numbers follow from `step`.
+def hash_manifest(manifest: Mapping[str, Any]) -> str:
+    """sha256 of a manifest's content without its own hash, so that a flipped bit in a number is found too."""
+    content = {name: value for name, value in manifest.items() if name != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
-    `weights_sha256`: the hash of the model where the caller has it already.
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file. Raises CheckpointError where it is none."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no tensors ({_first_line(error)}). {OTHER_CHECKPOINT}") from None
+
+
+def load_plain(path: Path) -> Any:
+    """What torch.save wrote, of tensors and plain values only: no code runs, nothing compressed is unpacked."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        size = path.stat().st_size
+        if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > size:
+            raise CheckpointError(f"{path} would grow when it is unpacked, as none of ours does. {OTHER_CHECKPOINT}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # damaged bytes fail in an unpickler in any way there is
+        why = "more than tensors and plain values, or not whole"
+        raise CheckpointError(
+            f"{path} is not read: it holds {why} ({_first_line(error)}). {OTHER_CHECKPOINT}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0][:200]
+
+
+def open_checkpoint(folder: Path, fields: Sequence[str] = ()) -> Checkpoint:
+    """Read and verify one checkpoint, whose manifest must also have these `fields`.
+
+    Raises CheckpointError that names the file at fault.
     """
-    weights = weights_sha256 or hash_tensors(state.model)
-    digest = hashlib.sha256(f"{step}\0{weights}\0{hash_tensors(state.ema or {})}".encode())
-    for key, value in _leaves({"optimizer": state.optimizer, "scaler": state.scaler}):
-        content = hash_tensors({key: value}) if isinstance(value, torch.Tensor) else repr(value)
-        digest.update(f"\0{key}\0{content}".encode())
-    return digest.hexdigest()
-
-
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for name in sorted(value, key=str):
-            yield from _leaves(value[name], f"{key}/{name}")
-    elif isinstance(value, (list, tuple)):
-        for number, item in enumerate(value):
-            yield from _leaves(item, f"{key}/{number}")
-    else:
-        yield key, value
-
-
-def save(root: Path, state: TrainState, manifest: dict[str, Any]) -> Path:
-    """Write ``root/step_N`` on all ranks together: each its own file, the first one the rest, then one rename.
-
-    `manifest` holds `step` and whatever else a reader needs; hashes are added here. Raises NodeError on a full disk.
-    """
-    final = root / step_folder(manifest["step"])
-    temporary = root / f".{final.name}.tmp"
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    with disk_errors(root):
-        if rank == 0:
-            _remove_leftovers(root)
-            temporary.mkdir(parents=True)
-        _barrier()
-        _write_tensors(temporary / f"rank_{rank}.pt", _rank_state(rank, world_size))
-        if rank == 0:
-            _write_shared(temporary, state)
-        _barrier()
-        if rank == 0:
-            _seal(temporary, final, {**manifest, **_hashes(state, manifest["step"])})
-    return final
-
-
-def _rank_state(rank: int, world_size: int) -> dict[str, Any]:
-    """Random states of the process, for whoever draws from them against the rules of this project."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    return {
-        "rank": rank,
-        "world_size": world_size,
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-        "numpy": [str(kind), torch.from_numpy(np.array(keys)), int(position), int(has_gauss), float(gauss)],  # pyright: ignore
-        "python": list(random.getstate()[1]),
-    }
-
-
-def _write_shared(folder: Path, state: TrainState) -> None:
-    _write_safetensors(folder / MODEL, state.model)
-    if state.ema is not None:
-        _write_safetensors(folder / EMA, state.ema)
-    _write_tensors(folder / OPTIMIZER, {"optimizer": state.optimizer, "scaler": state.scaler})
-
-
-def _write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    _write(path, safetensors_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
-
-
-def _write_tensors(path: Path, value: Any) -> None:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    _write(path, buffer.getbuffer())
-
-
-def _write(path: Path, content: bytes | memoryview) -> None:
-    """Through Python's own file: a full disk then is an OSError with its number, not a library's message."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _hashes(state: TrainState, step: int) -> dict[str, str]:
-    weights = hash_tensors(state.model)
-    return {"weights_sha256": weights, "state_sha256": hash_state(state, step, weights)}
-
-
-def _seal(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
-    files = {
-        path.name: {"sha256": hash_file(path), "bytes": path.stat().st_size} for path in sorted(temporary.iterdir())
-    }
-    write_json(temporary / MANIFEST, {"schema": SCHEMA, **manifest, "files": files})
-    sync_folder(temporary)
-    if final.exists():
-        shutil.rmtree(final)
-    os.rename(temporary, final)
-    sync_folder(final.parent)
-    write_json(final.parent / LATEST, {"schema": SCHEMA, "step": manifest["step"], "folder": final.name})
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _remove_leftovers(root: Path) -> None:
-    for path in root.glob(".step_*.tmp"):
-        shutil.rmtree(path)
-
-
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read and verify one checkpoint. Raises CheckpointError that names the file at fault."""
     found = read_checkpoint(folder)
+    lacking = [name for name in fields if name not in found.manifest]
+    if lacking:
+        raise CheckpointError(f"{folder / MANIFEST} lacks {', '.join(lacking)}. {OTHER_CHECKPOINT}")
+    _require_complete(found)
     for name, facts in found.manifest["files"].items():
         _verify_file(folder / name, facts)
     return found
@@ -207,29 +124,61 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read the manifest alone, for a rank whose first one has verified the files."""
+    path = folder / MANIFEST
     if not folder.is_dir():
         way_out = "name a folder such as runs/ID/checkpoints/step_00000120, or ID:best"
         raise CheckpointError(f"checkpoint {folder} does not exist. Way out: {way_out}")
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder / MANIFEST} cannot be read ({error}). Way out: use another checkpoint"
-        ) from None
+        manifest = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}). Way out: use another checkpoint") from None
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"{path} is no manifest. {OTHER_CHECKPOINT}")
     if manifest.get("schema") != SCHEMA:
         found = f"has schema {manifest.get('schema')}, this version reads {SCHEMA}"
         raise CheckpointError(f"{folder} {found}. Way out: use the version that wrote it")
+    _require_sound(path, manifest)
     return Checkpoint(folder, manifest)
 
 
+def _require_sound(path: Path, manifest: dict[str, Any]) -> None:
+    """Everything that a manifest must be by itself."""
+    lacking = [name for name, kind in FIELDS.items() if not isinstance(manifest.get(name), kind)]
+    if lacking:
+        raise CheckpointError(f"{path} lacks {', '.join(lacking)}. {OTHER_CHECKPOINT}")
+    if manifest.get("manifest_sha256") != hash_manifest(manifest):
+        raise CheckpointError(f"{path} was damaged: its sha256 is not the one that it states. {OTHER_CHECKPOINT}")
+    if path.parent.name.startswith("step_") and path.parent.name != step_folder(manifest["step"]):
+        raise CheckpointError(f"{path} is of step {manifest['step']}, not of its folder's. {OTHER_CHECKPOINT}")
+    for name, facts in manifest["files"].items():
+        if name != Path(name).name or name in ("", ".", "..", MANIFEST) or "\\" in name or "\0" in name:
+            raise CheckpointError(f"{path} names {name!r}, which is no file of its own folder. {OTHER_CHECKPOINT}")
+        if not isinstance(facts, dict) or not {"sha256", "bytes"} <= set(facts):
+            raise CheckpointError(f"{path} does not state size and sha256 of {name}. {OTHER_CHECKPOINT}")
+
+
+def _require_complete(found: Checkpoint) -> None:
+    ranks = [rank_file(rank) for rank in range(found.manifest.get("world_size", 0))]
+    missing = [name for name in (MODEL, OPTIMIZER, *ranks) if name not in found.manifest["files"]]
+    if missing:
+        raise CheckpointError(f"{found.folder / MANIFEST} does not list {', '.join(missing)}. {OTHER_CHECKPOINT}")
+
+
 def _verify_file(path: Path, facts: Mapping[str, Any]) -> None:
+    if path.is_symlink():
+        raise CheckpointError(f"{path} is a link, and links are not followed here. {OTHER_CHECKPOINT}")
     size = path.stat().st_size if path.is_file() else None
     if size != facts["bytes"]:
         found = "is missing" if size is None else f"has {size} of {facts['bytes']} bytes"
         raise CheckpointError(f"{path} {found}. {OTHER_CHECKPOINT}")
     if hash_file(path) != facts["sha256"]:
         raise CheckpointError(f"{path} was damaged: its sha256 is not the manifest's. {OTHER_CHECKPOINT}")
+
+
+def add_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
+    """Let a manifest say what an evaluation found after the checkpoint was sealed."""
+    content = {**read_checkpoint(folder).manifest, "metrics": metrics}
+    write_json(folder / MANIFEST, {**content, "manifest_sha256": hash_manifest(content)})
 
 
 def fill(net: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path, way_out: str) -> None:
@@ -241,14 +190,32 @@ def fill(net: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path, way_
         raise CheckpointError(f"{folder} holds another model: {fault}. Way out: {way_out}") from None
 
 
-def newest(root: Path) -> Checkpoint | None:
-    """The newest whole checkpoint of a run; damaged ones are passed over with a warning that names them."""
-    for folder in sorted(root.glob("step_*"), reverse=True):
+def newest(root: Path, fields: Sequence[str] = ()) -> Checkpoint | None:
+    """The newest whole checkpoint of a run; damaged ones are passed over with a warning that names them.
+
+    The folders themselves are looked at, so that a pointer which is torn or lies costs a warning only.
+    """
+    folders = sorted(root.glob("step_*"), reverse=True)
+    for folder in folders:
         try:
-            return open_checkpoint(folder)
+            found = open_checkpoint(folder, fields)
         except CheckpointError as error:
             log.warning("passing over a damaged checkpoint: %s", error)
+            continue
+        if folder == folders[0]:
+            _warn_of_pointer(root, found)
+        return found
     return None
+
+
+def _warn_of_pointer(root: Path, found: Checkpoint) -> None:
+    try:
+        named = json.loads((root / LATEST).read_bytes())["folder"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s cannot be read (%s); %s is the newest whole checkpoint", root / LATEST, error, found.folder)
+        return
+    if named != found.folder.name:
+        log.warning("%s names %r; %s is the newest whole checkpoint", root / LATEST, named, found.folder)
 
 
 def set_aside(root: Path, after: int) -> None:
@@ -258,29 +225,3 @@ def set_aside(root: Path, after: int) -> None:
             aside = folder.with_name(f"damaged_{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(folder, aside)
-
-
-def best(root: Path, metric: str = "val/acc1") -> Checkpoint | None:
-    """The whole checkpoint with the greatest metric, the newest of equals."""
-    folder = best_folder(root, metric)
-    return open_checkpoint(folder) if folder else None
-
-
-def best_folder(root: Path, metric: str = "val/acc1") -> Path | None:
-    """Where `best` lies, without verifying it."""
-    scored = []
-    for folder in root.glob("step_*"):
-        with suppress(CheckpointError):
-            metrics = read_checkpoint(folder).manifest.get("metrics", {})
-            if metric in metrics:
-                scored.append((metrics[metric]["value"], folder.name, folder))
-    return max(scored)[2] if scored else None
-
-
-def prune(root: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` and the best."""
-    kept = set(sorted(root.glob("step_*"))[-keep_last:]) | {best_folder(root)}
-    for folder in set(root.glob("step_*")) - kept:
-        doomed = folder.with_name(f".{folder.name}.tmp")
-        os.rename(folder, doomed)
-        shutil.rmtree(doomed)

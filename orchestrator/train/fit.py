@@ -19,8 +19,8 @@ from orchestrator.data.decode import decoder_notice
 from orchestrator.data.order import EvalPlan, TrainPlan
 from orchestrator.data.stream import Batch, Split, eval_loader, train_loader
 from orchestrator.data.transforms import preprocessing_of
-from orchestrator.errors import EXIT_RESIZED, EXIT_STOPPED, CheckpointError, ConfigError, StopRequested
-from orchestrator.files import read_json, write_json
+from orchestrator.errors import EXIT_RESIZED, EXIT_STOPPED, ConfigError, StopRequested
+from orchestrator.files import read_json
 from orchestrator.model.ema import ExponentialMovingAverage
 from orchestrator.model.module import Classifier, Span
 from orchestrator.model.weights import load_weights
@@ -40,8 +40,10 @@ from orchestrator.train.outcome import Recorder, mirror_result, write_evaluation
 from orchestrator.train.preflight import Sets, class_names, open_sets, total_steps
 from orchestrator.train.process import Rank, choose_device, join_group, prepare_arithmetic
 from orchestrator.train.progress import Progress, open_progress
-from orchestrator.train.signals import StopFlag
 from orchestrator.train.requests import Requests
+from orchestrator.train.resume import claim, resume_point
+from orchestrator.train.saver import Saver
+from orchestrator.train.signals import StopFlag
 from orchestrator.train.trainer import build_trainer
 from orchestrator.train.waiting import PeerWait
 from orchestrator.world import World
@@ -86,6 +88,7 @@ def fit(bundle: Bundle, world: World, attempt: int, began: float, terminal: IO[s
         _train(job, parts, resumed)
     finally:
         parts.progress.stop()
+        parts.saver.close()
         parts.ledger.close()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -102,7 +105,8 @@ def _assemble(bundle: Bundle, rank: Rank, clock: PhaseClock, flag: StopFlag) -> 
     sets = open_sets(config)
     plan = sets.plan(config)
     plan.require_fits(world.world_size, config.recipe.accumulate)
-    found = _resume_point(bundle, rank, sets)
+    saver = Saver(config.checkpointing, rank, claim(bundle, rank))
+    found = resume_point(bundle, rank, sets)
     steps = total_steps(config, plan.steps_per_epoch)
     span = Span(found.step if found else 0, steps, plan.steps_per_epoch, world.rank, world.world_size)
     job = Job(bundle, rank, sets, plan, span)
@@ -110,7 +114,7 @@ def _assemble(bundle: Bundle, rank: Rank, clock: PhaseClock, flag: StopFlag) -> 
     ema = ExponentialMovingAverage(net, config.recipe.ema_decay) if config.recipe.ema_decay else None
     module = Classifier(net, config, span)
     state = _restore(found, module, ema) if found else None
-    parts = _wire(job, module, ema, clock, flag)
+    parts = _wire(job, module, ema, clock, flag, saver)
     parts.lost = found.manifest["lost"] if found else 0
     if found and found.step % plan.steps_per_epoch == 0 and not found.manifest["metrics"]:
         parts.unjudged = found.folder
@@ -143,29 +147,13 @@ def build_net(config: RunConfig, num_classes: int, device: torch.device) -> nn.M
     return net
 
 
-def _resume_point(bundle: Bundle, rank: Rank, sets: Sets) -> Checkpoint | None:
-    """The newest whole checkpoint; the first rank chooses and verifies, the others follow."""
-    root = bundle.folder / "checkpoints"
-    chosen = checkpoint.newest(root) if rank.world.is_first else None
-    step = torch.tensor([chosen.step if chosen else -1])
-    if rank.world.is_first:
-        checkpoint.set_aside(root, after=int(step))
-    if rank.control is not None:
-        dist.broadcast(step, 0, group=rank.control)
-    if int(step) < 0:
-        return None
-    found = chosen or checkpoint.read_checkpoint(root / checkpoint.step_folder(int(step)))
-    if found.manifest["data_digest"] != sets.train.digest:
-        raise CheckpointError(
-            f"{found.folder} was trained on other shards than {sets.train.location} (digest "
-            f"{found.manifest['data_digest'][:12]}, now {sets.train.digest[:12]}). Way out: put the shards back, "
-            "or start another run with name=..."
-        )
-    return found
-
-
 def _wire(
-    job: Job, module: Classifier, ema: ExponentialMovingAverage | None, clock: PhaseClock, flag: StopFlag
+    job: Job,
+    module: Classifier,
+    ema: ExponentialMovingAverage | None,
+    clock: PhaseClock,
+    flag: StopFlag,
+    saver: Saver,
 ) -> Parts:
     config, rank, span, sets = job.config, job.rank, job.span, job.sets
     world, limit_s = rank.world, config.compute.max_time_s
@@ -190,7 +178,7 @@ def _wire(
         flag=flag,
         requests=requests,
         heartbeat=rank.heartbeat,
-        checkpoints=folder / "checkpoints",
+        saver=saver,
         manifest=_manifest(job),
         recorder=recorder if world.is_first else None,
         num_samples=sets.train.num_samples,
@@ -242,6 +230,8 @@ def _manifest(job: Job) -> dict[str, Any]:
         "model": {**to_dict(config.model), "num_classes": sets.num_classes},
         "classes": class_names(sets.train, sets.num_classes),
         "preprocessing": asdict(preprocessing_of(config.data)),
+        "total_steps": job.span.total_steps,
+        "best_by": config.checkpointing.metric,
     }
 
 
@@ -262,6 +252,9 @@ def _train(job: Job, parts: Parts, resumed: TrainState | None) -> None:
         callbacks = [border, parts.peers, Beats(parts.heartbeat)]
         build_trainer(job.config, job.rank, callbacks).fit(module, train_dataloaders=parts.loader)
         parts.progress.stop()
+    parts.heartbeat.enter("save", module.step)
+    with parts.clock.phase("checkpoint_stall"):
+        parts.saver.wait()
     parts.heartbeat.enter("end", module.step)
     parts.ledger.write("trained", step=module.step, phases=parts.clock.take())
     parts.clock.rest = "finish"
@@ -280,8 +273,7 @@ def _make_up_for_evaluation(parts: Parts, border: StepBorder, folder: Path) -> N
     """Evaluate the checkpoint whose evaluation a stop cut short, and put its metrics down as if nothing had been."""
     metrics = border.evaluate(parts.module.step)
     if metrics and parts.recorder is not None:
-        manifest = checkpoint.read_checkpoint(folder).manifest
-        write_json(folder / checkpoint.MANIFEST, {**manifest, "metrics": metrics})
+        checkpoint.add_metrics(folder, metrics)
 
 
 def _evaluate_again(parts: Parts) -> Evaluation:

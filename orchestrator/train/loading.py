@@ -18,6 +18,7 @@ from orchestrator.model.weights import load_weights
 from orchestrator.model.zoo import build_model, imagenet_names
 from orchestrator.plain import from_dict, to_dict
 from orchestrator.train import checkpoint
+from orchestrator.train.retention import best
 
 IMAGENET_CLASSES = 1000
 
@@ -56,7 +57,7 @@ def find_checkpoint(text: str, runs_dir: Path) -> Path:
         raise ConfigError(
             "checkpoint", text, f"is no path and no run in {runs_dir}/", f"runs there: {', '.join(known) or 'none'}"
         )
-    found = checkpoint.newest(root) if which == "last" else checkpoint.best(root) or checkpoint.newest(root)
+    found = checkpoint.newest(root) if which == "last" else best(root) or checkpoint.newest(root)
     if found is None:
         raise CheckpointError(f"run {run_id} has no whole checkpoint yet. Way out: train it, or name another run")
     return found.folder

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,7 @@ from orchestrator.errors import DataError, UserError
 from orchestrator.model.ema import ExponentialMovingAverage
 from orchestrator.model.module import Classifier
 from orchestrator.track.wandb import Tracker
-from orchestrator.train import checkpoint
-from orchestrator.train.checkpoint import TrainState
+from orchestrator.train.checkpoint import step_folder
 from orchestrator.train.divergence import RankCheck, replicated_tensors
 from orchestrator.train.evaluate import Evaluation, EvaluationStopped
 from orchestrator.train.heartbeat import Heartbeat
@@ -33,7 +33,9 @@ from orchestrator.train.pace import Pace, at_own_place, slowest
 from orchestrator.train.process import Rank
 from orchestrator.train.progress import Progress
 from orchestrator.train.requests import Requests
+from orchestrator.train.saver import Saved, Saver
 from orchestrator.train.signals import StopFlag
+from orchestrator.train.state import TrainState
 from orchestrator.train.waiting import PeerWait
 
 GIB = 2**30
@@ -55,7 +57,7 @@ class Parts:
     flag: StopFlag
     requests: Requests
     heartbeat: Heartbeat
-    checkpoints: Path
+    saver: Saver
     manifest: dict[str, Any]
     """What every checkpoint says besides its step and metrics."""
     recorder: Recorder | None
@@ -76,6 +78,7 @@ class StepBorder(pl.Callback):
         self.stop_code: int | None = None
         self.last: Evaluation | None = None
         self.pace = Pace(parts.clock, parts.module.step)
+        self.saved_at = time.monotonic()
         self.ranks = RankCheck(parts.module.config.compute.check_ranks_every_steps, rank)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -119,6 +122,7 @@ class StepBorder(pl.Callback):
         if epoch_ends or step == 1 or step % config.tracking.log_every_steps == 0:
             self._log(step)
         self.parts.requests.note_border()
+        self.parts.saver.check()
         with self.parts.clock.phase("communication_wait"):
             agreed = self.parts.flag.agree(step, self._is_save_due(step, last))
         self.stop_code = agreed.exit_code
@@ -136,7 +140,9 @@ class StepBorder(pl.Callback):
     def _is_save_due(self, step: int, last: bool) -> bool:
         when, steps_per_epoch = self.parts.module.config.checkpointing, self.parts.module.span.steps_per_epoch
         by_epoch = when.every_epochs and step % (when.every_epochs * steps_per_epoch) == 0
-        return bool(last or by_epoch or (when.every_steps and step % when.every_steps == 0))
+        by_steps = when.every_steps and step % when.every_steps == 0
+        by_time = self.rank.world.is_first and 0 < when.every_s <= time.monotonic() - self.saved_at
+        return bool(last or by_epoch or by_steps or by_time)
 
     def _log(self, step: int) -> None:
         """Log sums over all ranks since the last time, and the speed without evaluation and saves."""
@@ -246,16 +252,21 @@ class StepBorder(pl.Callback):
         self._require_finite(unlogged[0], step)
         manifest = {**self.parts.manifest, "step": step, "epoch": epoch, "metrics": metrics}
         manifest |= {"unlogged": unlogged, "lost": self.parts.lost}
+        seconds = self.parts.clock.split()
         with self.parts.clock.phase("checkpoint_stall"):
-            folder = checkpoint.save(self.parts.checkpoints, self._state(trainer), manifest)
+            self.parts.saver.save(self._state(trainer), manifest, partial(self._tell_saved, began, seconds))
         self.parts.heartbeat.enter("step", step)
-        seconds = time.perf_counter() - began
-        self.parts.requests.note_save(seconds)
-        facts = {"seconds": round(seconds, 3), "path": f"checkpoints/{folder.name}", "phases": self.pace.take()}
-        self.parts.ledger.write("save", step=step, **facts)
+        self.parts.requests.skip()
+        facts = {"seconds": round(time.perf_counter() - began, 3), "path": f"checkpoints/{step_folder(step)}"}
+        self.parts.ledger.write("save", step=step, **facts, phases=self.pace.take())
+        self.saved_at = time.monotonic()
+
+    def _tell_saved(self, began: float, seconds: dict[str, float], saved: Saved) -> None:
+        """Called by the writer's thread of the first rank, so it must not touch the clock."""
+        self.parts.requests.note_save(time.perf_counter() - began)
+        self.parts.ledger.write("saved", step=saved.step, write_s=round(saved.write_s, 3))
         if self.parts.recorder is not None:
-            checkpoint.prune(self.parts.checkpoints, self.parts.module.config.checkpointing.keep_last)
-            self.parts.recorder.saved(step)
+            self.parts.recorder.saved(saved.step, seconds)
 
     def _state(self, trainer: pl.Trainer) -> TrainState:
         ema = self.parts.ema.state_dict() if self.parts.ema is not None else None

@@ -19,6 +19,7 @@ from orchestrator.train import checkpoint
 from orchestrator.train.evaluate import Evaluation, Outcome
 from orchestrator.train.ledger import PhaseClock
 from orchestrator.train.process import Rank
+from orchestrator.train.retention import best_folder
 
 SCHEMA = 1
 THUMBNAIL = 160
@@ -41,8 +42,9 @@ class Recorder:
         path = self.bundle.folder / "result.json"
         self._earlier = read_json(path)["seconds"] if path.exists() else {}
 
-    def saved(self, step: int) -> None:
-        self._write("running", None, step, {})
+    def saved(self, step: int, seconds: dict[str, float]) -> None:
+        """A checkpoint is durable. `seconds` by phase when it was taken: this runs beside training."""
+        self._write("running", None, step, {}, seconds)
 
     def stopped(self, step: int, exit_code: int) -> None:
         self._write("stopped", exit_code, step, {})
@@ -50,10 +52,17 @@ class Recorder:
     def done(self, step: int, evaluation: Evaluation) -> None:
         self._write("done", 0, step, evaluation.metrics())
 
-    def _write(self, state: str, exit_code: int | None, step: int, metrics: dict[str, Any]) -> None:
+    def _write(
+        self,
+        state: str,
+        exit_code: int | None,
+        step: int,
+        metrics: dict[str, Any],
+        seconds: dict[str, float] | None = None,
+    ) -> None:
         root = self.bundle.folder / "checkpoints"
         last = checkpoint.read_checkpoint(root / checkpoint.step_folder(step))
-        best = checkpoint.best_folder(root)
+        best = best_folder(root)
         write_json(
             self.bundle.folder / "result.json",
             {
@@ -66,7 +75,7 @@ class Recorder:
                 "step": step,
                 "world_size": self.rank.world.world_size,
                 "metrics": metrics or last.manifest["metrics"],
-                "seconds": self._seconds(),
+                "seconds": self._seconds(seconds or self.clock.split()),
                 "weights_sha256": last.manifest["weights_sha256"],
                 "state_sha256": last.manifest["state_sha256"],
                 "data_digest": self.data_digest,
@@ -77,8 +86,7 @@ class Recorder:
             },
         )
 
-    def _seconds(self) -> dict[str, float]:
-        now = self.clock.split()
+    def _seconds(self, now: dict[str, float]) -> dict[str, float]:
         phases = {**self._earlier, **now}
         return {name: round(self._earlier.get(name, 0.0) + now.get(name, 0.0), 3) for name in phases}
 

@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from orchestrator.compose import compose
 from orchestrator.errors import CheckpointError, NodeError
-from orchestrator.train import checkpoint
-from orchestrator.train.checkpoint import TrainState
+from orchestrator.train import checkpoint, retention
+from orchestrator.train.fence import Fence
+from orchestrator.train.state import TrainState
+from orchestrator.train.writing import write_checkpoint
 
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt", "rank_0.pt", "manifest.json")
 
@@ -36,7 +40,19 @@ def make_state(size: int = 4) -> TrainState:
 
 def save(root: Path, step: int, acc1: float | None = None, state: TrainState | None = None) -> Path:
     metrics = {} if acc1 is None else {"val/acc1": {"hits": 1, "count": 2, "value": acc1}}
-    return checkpoint.save(root, state or make_state(), {"step": step, "metrics": metrics})
+    fence = Fence(root, 1)
+    try:
+        manifest = {"step": step, "metrics": metrics, "world_size": 1}
+        return write_checkpoint(fence, state or make_state(), [b"random states"], manifest)
+    finally:
+        fence.release()
+
+
+def prune(root: Path, keep_last: int, keep_best: int = 1, metric: str = "val/acc1") -> None:
+    fence = Fence(root, 1)
+    settings = compose([f"checkpointing.keep_last={keep_last}", f"checkpointing.keep_best={keep_best}"])
+    retention.prune(fence, replace(settings.config.checkpointing, metric=metric))
+    fence.release()
 
 
 def names(root: Path) -> list[str]:
@@ -140,7 +156,7 @@ def test_the_newest_whole_checkpoint_is_found_and_damaged_ones_are_named(
 
 def test_a_run_without_a_whole_checkpoint_has_no_newest_and_no_best(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path) is None
-    assert checkpoint.best(tmp_path) is None
+    assert retention.best(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -151,7 +167,7 @@ def test_a_run_without_a_whole_checkpoint_has_no_newest_and_no_best(tmp_path: Pa
 def test_the_best_has_the_greatest_accuracy(tmp_path: Path, scores: dict[int, float | None], best: int) -> None:
     for step, score in scores.items():
         save(tmp_path, step, score)
-    found = checkpoint.best(tmp_path)
+    found = retention.best(tmp_path)
     assert found is not None
     assert found.step == best
 
@@ -160,7 +176,7 @@ def test_pruning_keeps_the_newest_and_the_best_through_a_whole_run(tmp_path: Pat
     scores = [0.1, 0.8, 0.3, 0.2, 0.9, 0.4, 0.4, 0.4]
     for step, score in enumerate(scores, start=1):
         save(tmp_path, step, score)
-        checkpoint.prune(tmp_path, keep_last=2)
+        prune(tmp_path, keep_last=2)
         best = max(range(1, step + 1), key=lambda s: (scores[s - 1], s))
         kept = {best, step, max(1, step - 1)}
         assert {int(path.name[5:]) for path in tmp_path.glob("step_*")} == kept
@@ -173,7 +189,7 @@ def test_damaged_later_checkpoints_step_aside_and_do_not_count_as_newest(tmp_pat
     checkpoint.set_aside(tmp_path, after=2)
     assert names(tmp_path) == ["damaged_step_00000004", "damaged_step_00000006", "latest.json", "step_00000002"]
     save(tmp_path, 3)
-    checkpoint.prune(tmp_path, keep_last=1)
+    prune(tmp_path, keep_last=1)
     assert checkpoint.newest(tmp_path).step == 3  # pyright: ignore[reportOptionalMemberAccess]
     save(tmp_path, 4)
     checkpoint.set_aside(tmp_path, after=3)  # a second time, over the first one's folder
@@ -184,14 +200,14 @@ def test_pruning_passes_over_a_manifest_that_cannot_be_read(tmp_path: Path) -> N
     for step in (1, 2, 3):
         save(tmp_path, step, 1 / step)
     (tmp_path / "step_00000001" / "manifest.json").unlink()
-    checkpoint.prune(tmp_path, keep_last=1)
+    prune(tmp_path, keep_last=1)
     assert names(tmp_path) == ["latest.json", "step_00000002", "step_00000003"]
 
 
 def test_leftovers_of_a_killed_save_or_prune_are_removed_by_the_next_save(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    (tmp_path / ".step_00000002.tmp").mkdir()
-    (tmp_path / ".step_00000002.tmp" / "model.safetensors").write_bytes(b"half")
+    half = Fence(tmp_path, 1).make("step_00000002")
+    (half / "model.safetensors").write_bytes(b"half")
     assert checkpoint.newest(tmp_path).step == 1  # pyright: ignore[reportOptionalMemberAccess]
     save(tmp_path, 3)
     assert names(tmp_path) == ["latest.json", "step_00000001", "step_00000003"]

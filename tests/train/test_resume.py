@@ -102,7 +102,7 @@ def test_a_killed_rank_is_named_with_its_signal_and_the_run_goes_on_from_the_las
 ) -> None:
     saboteur.arm("SIGKILL", rank, 9)
     began = time.monotonic()
-    killed = cli("train", *overrides, "--json")
+    killed = cli("train", *overrides, "checkpointing.asynchronous=false", "--json")
     assert saboteur.fired
     assert killed.code == 128 + signal.SIGKILL
     assert killed.last_line() == f"error: rank {rank}: killed by SIGKILL"
