@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, nearest
 from orchestrator.options import (
     Augment,
     ClusterKind,
@@ -47,6 +47,8 @@ def _require_range(config: object, group: str, **bounds: tuple[float, float]) ->
 
 
 INF = float("inf")
+METRICS = ("val/loss", "val/acc1", "val/acc5")
+"""What every evaluation gives."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -473,6 +475,21 @@ class CheckpointingConfig:
             every_s=(0, INF),
             keep_last=(1, INF),
             keep_best=(0, INF),
+        )
+        _require(
+            self.metric in METRICS,
+            "checkpointing.metric",
+            self.metric,
+            "is no figure of an evaluation",
+            nearest(self.metric, METRICS),
+        )
+        stores = ("s3://", "gs://", "az://", "file:///")
+        _require(
+            self.mirror is None or self.mirror.startswith(stores),
+            "checkpointing.mirror",
+            self.mirror,
+            f"must begin with one of {', '.join(stores)}",
+            "e.g. checkpointing.mirror=s3://bucket/runs",
         )
 
 
