@@ -150,13 +150,13 @@ class TrainPlan:
         block = int(np.diff(self._lanes.starts).max()) // self.blocks
         return min(shards, lanes * (-(-block * shards // self.num_samples) + 1))
 
-    def require_fits(self, world_size: int, accumulate: int) -> None:
-        """Refuse a world in which some rank has no sample in some part of some step."""
-        smallest, needed = self.num_samples // self.steps_per_epoch, world_size * accumulate
+    def require_fits(self, slices: int, accumulate: int) -> None:
+        """Refuse so many slices of a step, processes or virtual ranks, that some part of one has no sample."""
+        smallest, needed = self.num_samples // self.steps_per_epoch, slices * accumulate
         if smallest < needed:
             rule = (
                 f"leaves steps of {smallest} images ({self.num_samples} samples in {self.steps_per_epoch} steps) "
-                f"for {world_size} processes x {accumulate} parts"
+                f"for {slices} processes (or compute.virtual_ranks) x {accumulate} parts"
             )
             way_out = "fewer processes or parts"
             if self.num_samples >= needed:

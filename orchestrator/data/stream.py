@@ -93,12 +93,16 @@ class Split:
     num_classes: int
     rank: int
     world_size: int
+    slices: int = 1
+    """Training: slices of a step that the rank reads one after another."""
 
 
 def _train_requests(plan: TrainPlan, split: Split, accumulate: int, steps: range) -> Iterator[Request]:
-    for unit in _of_this_worker(range(steps.start * accumulate, steps.stop * accumulate)):
-        step, part = divmod(unit, accumulate)
-        drawn = plan.rank_draws(range(step, step + 1), split.world_size, split.rank)
+    units = split.slices * accumulate
+    for unit in _of_this_worker(range(steps.start * units, steps.stop * units)):
+        (step, within), everywhere = divmod(unit, units), split.world_size * split.slices
+        number, part = divmod(within, accumulate)
+        drawn = plan.rank_draws(range(step, step + 1), everywhere, split.rank * split.slices + number)
         mine = cut(len(drawn.ids), accumulate, part)
         ids, epoch = drawn.ids[mine], step // plan.steps_per_epoch
         size = train_size(split.config, epoch)
@@ -369,15 +373,15 @@ def train_loader(
     device: torch.device | None = None,
     context: str = "fork",
 ) -> Loader:
-    """Batches for the steps `steps` of the run, `accumulate` parts each."""
+    """Batches for the steps `steps` of the run, `accumulate` parts of each slice."""
     requests = partial(_train_requests, plan, split, accumulate, steps)
     step = ceil(plan.num_samples / plan.steps_per_epoch)
-    rows = ceil(ceil(step / split.world_size) / accumulate)
+    rows = ceil(ceil(step / (split.world_size * split.slices)) / accumulate)
     work = Work(
         split,
         requests,
         TrainFinish(split),
-        len(steps) * accumulate,
+        len(steps) * split.slices * accumulate,
         rows,
         split.config.image_size,
         _open_shards(plan, split),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -13,9 +13,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from orchestrator.config import RunConfig
+from orchestrator.model.finite import FiniteWatch
 from orchestrator.model.loss import Targets, row_losses
 from orchestrator.model.mixing import Mixing, mixes
 from orchestrator.model.optim import build_optimizer, learning_rate_factor, peak_lr
+from orchestrator.options import OnNan
 
 TOP_K = 5
 
@@ -29,6 +31,30 @@ class Span:
     steps_per_epoch: int
     rank: int
     world_size: int
+    virtual_ranks: int | None = None
+    """Slices of a step over all ranks; None: each rank's share is one slice, and DDP averages."""
+
+    @property
+    def slices(self) -> int:
+        """Slices of a step that a rank computes one after another."""
+        return self.virtual_ranks // self.world_size if self.virtual_ranks else 1
+
+    def place(self, unit: int, accumulate: int) -> Place:
+        """What a rank's `unit`-th batch of this fit is."""
+        step, within = divmod(unit, self.slices * accumulate)
+        number, part = divmod(within, accumulate)
+        return Place(self.first_step + step, self.rank * self.slices + number, number, part, part == accumulate - 1)
+
+
+class Place(NamedTuple):
+    """A part of a slice of a step."""
+
+    step: int
+    virtual_rank: int
+    slice: int
+    """Counted within the rank."""
+    part: int
+    ends_slice: bool
 
 
 class Normalise(nn.Module):
@@ -70,30 +96,45 @@ class Classifier(pl.LightningModule):
         self.config, self.span = config, span
         self.step = span.first_step
         self.peak_lr = peak_lr(config.optimizer, config.recipe.global_batch_size)
+        self.watch = FiniteWatch(skips=config.recipe.on_nan is OnNan.skip)
         self._tally = torch.zeros(5, dtype=torch.float64)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Keep the sample numbers readable on the host: asking the device for them would wait for it."""
-        self._host_draws = batch.ids if batch.draws is None else batch.draws
+        self._host_ids, self._host_draws = batch.ids, batch.ids if batch.draws is None else batch.draws
         return batch
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.watch.begin(self.net, self._tally)
         images, targets = self._prepare(batch, batch_idx)
         logits = self.net(images)
         losses = row_losses(logits, targets, self.config.recipe)
         weights = (batch.ids >= 0).to(losses.dtype)
         loss = (losses * weights).sum()
         self._count(loss, logits, weights, targets.dominant, batch.skipped)
-        # DDP divides by the ranks and Lightning by the parts of a step; the step's mean is wanted.
-        return loss * (self.span.world_size * self.config.recipe.accumulate / batch.step_size)
+        finite = self.watch.note(loss, batch.ids if batch.ids.device.type == "cpu" else self._host_ids)
+        return loss * (self._divided_by / batch.step_size) * finite
+
+    @property
+    def units(self) -> int:
+        """Batches of a step on this rank."""
+        return self.span.slices * self.config.recipe.accumulate
+
+    @property
+    def _divided_by(self) -> int:
+        """Lightning divides by the units and plain DDP by the ranks, but the step's mean is wanted."""
+        return self.units if self.span.virtual_ranks else self.units * self.span.world_size
+
+    def place(self, batch_idx: int) -> Place:
+        return self.span.place(batch_idx, self.config.recipe.accumulate)
 
     def _prepare(self, batch: Any, batch_idx: int) -> tuple[torch.Tensor, Targets]:
         if self.mixing is None:
             return self.normalise(batch.images), Targets(batch.labels)
         drawn = batch.ids if batch.draws is None else batch.draws
         drawn = drawn if drawn.device.type == "cpu" else self._host_draws
-        step, part = divmod(self._unit(batch_idx), self.config.recipe.accumulate)
-        return self.mixing(batch.images, batch.labels, drawn, step, part)
+        at = self.place(batch_idx)
+        return self.mixing(batch.images, batch.labels, drawn, at.step, at.part)
 
     @torch.no_grad()
     def _count(
@@ -119,13 +160,10 @@ class Classifier(pl.LightningModule):
         return tally
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Dropout and its like draw from (seed, unit of work, rank): no random state needs to be carried along."""
-        key = f"{self.config.seed}:{self._unit(batch_idx)}:{self.span.rank}".encode()
+        """Dropout and its like draw from (seed, part of the run, slice): no random state needs to be carried along."""
+        at = self.place(batch_idx)
+        key = f"{self.config.seed}:{at.step * self.config.recipe.accumulate + at.part}:{at.virtual_rank}".encode()
         torch.manual_seed(int.from_bytes(blake2b(key, digest_size=8).digest(), "little") >> 1)
-
-    def _unit(self, batch_idx: int) -> int:
-        """The part of a step that a batch is, counted from the start of the run."""
-        return self.span.first_step * self.config.recipe.accumulate + batch_idx
 
     def configure_optimizers(self) -> Optimizer:
         return build_optimizer(self.config.optimizer, self.net, self.peak_lr)
@@ -142,5 +180,11 @@ class Classifier(pl.LightningModule):
     ) -> None:
         for group in optimizer.param_groups:
             group["lr"] = self.lr
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        loss = optimizer_closure() if optimizer_closure else None  # here, so that the gradients can be judged first
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        before = self.watch.judge(self.net, self.step + 1, scaled)
+        if before is None:
+            super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
+        else:
+            self._tally = torch.cat([before[:4], self._tally[4:]])  # images that could not be read stay counted
         self.step += 1

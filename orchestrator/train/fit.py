@@ -36,6 +36,7 @@ from orchestrator.train.evaluate import Evaluation, EvaluationStopped, evaluate
 from orchestrator.train.heartbeat import Heartbeat, heartbeat_file
 from orchestrator.train.ledger import Ledger, PhaseClock
 from orchestrator.train.loop import Parts, StepBorder
+from orchestrator.train.nonfinite import Bookkeeper
 from orchestrator.train.outcome import Recorder, mirror_result, write_evaluation
 from orchestrator.train.preflight import Sets, class_names, open_sets, total_steps
 from orchestrator.train.process import Rank, choose_device, join_group, prepare_arithmetic
@@ -45,6 +46,7 @@ from orchestrator.train.resume import claim, resume_point
 from orchestrator.train.saver import Saver
 from orchestrator.train.signals import StopFlag
 from orchestrator.train.trainer import build_trainer
+from orchestrator.train.virtual_choice import agree_on_virtual_ranks
 from orchestrator.train.waiting import PeerWait
 from orchestrator.world import World
 
@@ -104,11 +106,13 @@ def _assemble(bundle: Bundle, rank: Rank, clock: PhaseClock, flag: StopFlag) -> 
     config, world = bundle.config, rank.world
     sets = open_sets(config)
     plan = sets.plan(config)
-    plan.require_fits(world.world_size, config.recipe.accumulate)
     saver = Saver(config.checkpointing, rank, claim(bundle, rank))
     found = resume_point(bundle, rank, sets)
+    virtual_ranks = agree_on_virtual_ranks(bundle, rank, found.manifest if found else {})
+    plan.require_fits(virtual_ranks or world.world_size, config.recipe.accumulate)
     steps = total_steps(config, plan.steps_per_epoch)
-    span = Span(found.step if found else 0, steps, plan.steps_per_epoch, world.rank, world.world_size)
+    first = found.step if found else 0
+    span = Span(first, steps, plan.steps_per_epoch, world.rank, world.world_size, virtual_ranks)
     job = Job(bundle, rank, sets, plan, span)
     net = build_net(config, sets.num_classes, rank.device)
     ema = ExponentialMovingAverage(net, config.recipe.ema_decay) if config.recipe.ema_decay else None
@@ -130,6 +134,7 @@ def _restore(found: Checkpoint, module: Classifier, ema: ExponentialMovingAverag
         checkpoint.fill(ema, state.ema, found.folder, way_out)
     if module.span.rank == 0:
         module.add_tally(found.manifest["unlogged"])
+    module.watch.resume(found.manifest.get("left_out", {}))
     return state
 
 
@@ -160,7 +165,7 @@ def _wire(
     requests = Requests(job.bundle.folder, rank.attempt, clock.began + limit_s if limit_s else None)
     if world.is_first:
         flag.ask(requests.read)
-    train = Split(sets.train, config.data, config.seed, sets.num_classes, world.rank, world.world_size)
+    train = Split(sets.train, config.data, config.seed, sets.num_classes, world.rank, world.world_size, span.slices)
     steps = range(span.first_step, span.total_steps)
     folder = job.bundle.folder
     progress = open_progress(rank.terminal) if world.is_first else Progress()
@@ -180,6 +185,7 @@ def _wire(
         heartbeat=rank.heartbeat,
         saver=saver,
         manifest=_manifest(job),
+        finite=Bookkeeper(module, rank, sets.train, folder),
         recorder=recorder if world.is_first else None,
         num_samples=sets.train.num_samples,
         lost=0,
@@ -224,6 +230,7 @@ def _manifest(job: Job) -> dict[str, Any]:
         "run_id": job.bundle.run_id,
         "attempt": job.rank.attempt,
         "world_size": job.rank.world.world_size,
+        "virtual_ranks": job.span.virtual_ranks,
         "config_hash": job.bundle.config_hash,
         "code_digest": job.bundle.code_digest,
         "data_digest": sets.train.digest,
@@ -250,7 +257,7 @@ def _train(job: Job, parts: Parts, resumed: TrainState | None) -> None:
     if span.first_step < span.total_steps and border.stop_code is None:
         parts.progress.start(span.total_steps, span.first_step)
         callbacks = [border, parts.peers, Beats(parts.heartbeat)]
-        build_trainer(job.config, job.rank, callbacks).fit(module, train_dataloaders=parts.loader)
+        build_trainer(module, job.rank, callbacks).fit(module, train_dataloaders=parts.loader)
         parts.progress.stop()
     parts.heartbeat.enter("save", module.step)
     with parts.clock.phase("checkpoint_stall"):
@@ -294,6 +301,7 @@ def _start_facts(job: Job, parts: Parts) -> dict[str, Any]:
     return {
         "began": parts.clock.began,
         "world_size": span.world_size,
+        "virtual_ranks": span.virtual_ranks,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "total_steps": span.total_steps,
         "steps_per_epoch": span.steps_per_epoch,

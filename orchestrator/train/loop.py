@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.data.stream import Loader
-from orchestrator.errors import DataError, UserError
+from orchestrator.errors import DataError
 from orchestrator.model.ema import ExponentialMovingAverage
 from orchestrator.model.module import Classifier
 from orchestrator.track.wandb import Tracker
@@ -28,6 +27,7 @@ from orchestrator.train.divergence import RankCheck, replicated_tensors
 from orchestrator.train.evaluate import Evaluation, EvaluationStopped
 from orchestrator.train.heartbeat import Heartbeat
 from orchestrator.train.ledger import Ledger, PhaseClock
+from orchestrator.train.nonfinite import Bookkeeper, describe
 from orchestrator.train.outcome import Recorder
 from orchestrator.train.pace import Pace, at_own_place, slowest
 from orchestrator.train.process import Rank
@@ -60,6 +60,7 @@ class Parts:
     saver: Saver
     manifest: dict[str, Any]
     """What every checkpoint says besides its step and metrics."""
+    finite: Bookkeeper
     recorder: Recorder | None
     """Of the first rank."""
     num_samples: int
@@ -106,36 +107,51 @@ class StepBorder(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        config, span = self.parts.module.config, self.parts.module.span
-        step = self.parts.module.step
+        module, config, span = self.parts.module, self.parts.module.config, self.parts.module.span
+        step = module.step
         self.parts.heartbeat.enter("step", step)  # "start" lasts until here: the first step may compile
-        if (batch_idx + 1) % config.recipe.accumulate:
+        if (batch_idx + 1) % self.parts.module.units:
             return
-        if self.parts.ema is not None and step % config.recipe.ema_every_steps == 0:
-            self.parts.ema.update_parameters(self.parts.module.net)
         last = step == span.total_steps
         epoch_ends = last or step % span.steps_per_epoch == 0
+        logs = epoch_ends or step == 1 or step % config.tracking.log_every_steps == 0
+        self._look_for_bad_steps(is_border=logs)
+        if self.parts.ema is not None and step % config.recipe.ema_every_steps == 0 and not module.watch.left_out:
+            self.parts.ema.update_parameters(module.net)
         self.parts.progress.tick(step)
         if self.parts.clock.rest == "compile":
             self.parts.ledger.write("compiled", step=step, phases=self.pace.take())
             self.parts.clock.rest = "compute"
-        if epoch_ends or step == 1 or step % config.tracking.log_every_steps == 0:
+        if logs:
             self._log(step)
         self.parts.requests.note_border()
         self.parts.saver.check()
         with self.parts.clock.phase("communication_wait"):
             agreed = self.parts.flag.agree(step, self._is_save_due(step, last))
         self.stop_code = agreed.exit_code
-        if self.ranks.due(step, agreed.save):
-            self.ranks.require_equal(
-                replicated_tensors(self.parts.module.net, self.parts.ema, trainer.optimizers[0]), step
-            )
+        self._require_sound(trainer, step, agreed.save or epoch_ends)
         if epoch_ends:
             self._report_reading(step)
         metrics = self.evaluate(step) if epoch_ends else {}
         if agreed.save or self.stop_code is not None:
             self._save(trainer, step, metrics)
         trainer.should_stop = self.stop_code is not None
+
+    def _look_for_bad_steps(self, is_border: bool) -> None:
+        """End the run where a step's loss or gradient was not finite, or tell of those that were left out."""
+        for bad in self.parts.finite.look(is_border):
+            facts = self.parts.finite.facts(bad)
+            self.parts.ledger.write("left_out", step=bad.number, **facts)
+            self.parts.progress.say(f"left out by recipe.on_nan=skip: {describe(bad)}; samples: {facts['path']}")
+
+    def _require_sound(self, trainer: pl.Trainer, step: int, is_judged: bool) -> None:
+        """End the attempt where the state that is about to be evaluated or saved is not finite or differs by rank."""
+        if is_judged:
+            self._look_for_bad_steps(is_border=True)
+            self.parts.finite.require_finite_weights(step)
+        if self.ranks.due(step, is_judged):
+            tensors = replicated_tensors(self.parts.module.net, self.parts.ema, trainer.optimizers[0])
+            self.ranks.require_equal(tensors, step)
 
     def _is_save_due(self, step: int, last: bool) -> bool:
         when, steps_per_epoch = self.parts.module.config.checkpointing, self.parts.module.span.steps_per_epoch
@@ -153,21 +169,22 @@ class StepBorder(pl.Callback):
         loss, hits1, hits5, count, skipped = sums[:5]
         facts = {
             "epoch": step / self.parts.module.span.steps_per_epoch,
-            "train/loss": loss / max(count, 1),
-            "train/acc1": hits1 / max(count, 1),
-            "train/acc5": hits5 / max(count, 1),
+            "train/loss": loss / count if count else None,
+            "train/acc1": hits1 / count if count else None,
+            "train/acc5": hits5 / count if count else None,
             "train/images": int(count),
             "train/skipped": int(skipped),
+            "train/skipped_steps": self.parts.module.watch.skipped,
             "lr": self.parts.module.lr,
             **self.pace.log(step, count),
             **slowest(sums[5:]),
             **memory_gib(self.rank.device),
         }
         self._publish("step", step, facts, phases)
-        self.parts.progress.update(step, facts)
+        if count:  # else all were left out
+            self.parts.progress.update(step, facts)
         if skipped:
             self.parts.progress.say(f"step {step}: {skipped:.0f} unreadable images left out (data.on_bad=skip)")
-        self._require_finite(loss, step)
         self._require_budget(int(skipped), step)
 
     def _require_budget(self, skipped: int, step: int) -> None:
@@ -201,13 +218,6 @@ class StepBorder(pl.Callback):
             )
         if step % self.parts.module.span.steps_per_epoch == 0:
             self.parts.lost = 0
-
-    def _require_finite(self, loss: float, step: int) -> None:
-        if not isfinite(loss):
-            raise UserError(
-                f"train/loss = {loss}: training diverged before step {step}. Way out: a lower optimizer.lr "
-                f"(peak now {self.parts.module.peak_lr:g}), a longer recipe.warmup_epochs, or recipe.clip_norm=1"
-            )
 
     def _sum(self, tally: torch.Tensor) -> torch.Tensor:
         if self.rank.control is not None:
@@ -249,9 +259,8 @@ class StepBorder(pl.Callback):
         self.parts.heartbeat.enter("save", step)
         epoch = step / self.parts.module.span.steps_per_epoch
         unlogged = self._sum(self.parts.module.tally.detach().cpu().clone()).tolist()
-        self._require_finite(unlogged[0], step)
         manifest = {**self.parts.manifest, "step": step, "epoch": epoch, "metrics": metrics}
-        manifest |= {"unlogged": unlogged, "lost": self.parts.lost}
+        manifest |= {"unlogged": unlogged, "lost": self.parts.lost, "left_out": self.parts.module.watch.counts()}
         seconds = self.parts.clock.split()
         with self.parts.clock.phase("checkpoint_stall"):
             self.parts.saver.save(self._state(trainer), manifest, partial(self._tell_saved, began, seconds))

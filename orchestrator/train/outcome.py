@@ -74,6 +74,7 @@ class Recorder:
                 "epoch": step / self.steps_per_epoch,
                 "step": step,
                 "world_size": self.rank.world.world_size,
+                "virtual_ranks": last.manifest.get("virtual_ranks"),
                 "metrics": metrics or last.manifest["metrics"],
                 "seconds": self._seconds(seconds or self.clock.split()),
                 "weights_sha256": last.manifest["weights_sha256"],

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.config import RunConfig
+from orchestrator.config import RunConfig, process_range
 from orchestrator.data.fetch import local_path
 from orchestrator.data.index import Shard, ShardIndex, load_index
 from orchestrator.data.members import list_first
@@ -18,6 +18,7 @@ from orchestrator.data.remote import is_url
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.model.zoo import build_model
 from orchestrator.train.process import require_device
+from orchestrator.train.virtual import require_shareable
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ def open_sets(config: RunConfig) -> Sets:
 def check_run(config: RunConfig, processes: int) -> Sets:
     """All that can be known to be wrong before the run's folder exists: data, sizes, device, model."""
     sets = open_sets(config)
-    sets.plan(config).require_fits(processes, config.recipe.accumulate)
+    slices = require_shareable(config.compute.virtual_ranks, process_range(config.compute.num_processes), processes)
+    sets.plan(config).require_fits(slices, config.recipe.accumulate)
     _require_local_shards([*sets.train.shards, *sets.val.shards])
     require_device(config.compute, processes)
     _require_model(config, sets.num_classes)

@@ -6,9 +6,10 @@ import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import ClusterEnvironment  # pyright: ignore[reportPrivateImportUsage]
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
-from orchestrator.config import RunConfig
+from orchestrator.model.module import Classifier
 from orchestrator.options import Precision
 from orchestrator.train.process import Rank
+from orchestrator.train.slices import Slices
 from orchestrator.world import World
 
 PRECISIONS = {Precision.fp32: "32-true", Precision.bf16: "bf16-mixed", Precision.fp16: "16-mixed"}
@@ -54,8 +55,11 @@ class GivenWorld(ClusterEnvironment):
     def set_global_rank(self, rank: int) -> None: ...
 
 
-def build_trainer(config: RunConfig, rank: Rank, callbacks: list[pl.Callback]) -> pl.Trainer:
+def build_trainer(module: Classifier, rank: Rank, callbacks: list[pl.Callback]) -> pl.Trainer:
     """Lightning for one long epoch; saving, logging, validation and progress happen at the step's border."""
+    config = module.config
+    if module.span.virtual_ranks:
+        callbacks = [*callbacks, Slices(module)]
     return pl.Trainer(
         accelerator="gpu" if rank.device.type == "cuda" else "cpu",
         strategy=_strategy(rank),
@@ -63,7 +67,7 @@ def build_trainer(config: RunConfig, rank: Rank, callbacks: list[pl.Callback]) -
         num_nodes=rank.world.world_size // rank.world.local_world_size,
         precision=PRECISIONS[config.compute.precision],  # pyright: ignore[reportArgumentType]
         max_epochs=1,
-        accumulate_grad_batches=config.recipe.accumulate,
+        accumulate_grad_batches=module.units,
         gradient_clip_val=config.recipe.clip_norm or None,
         callbacks=callbacks,
         use_distributed_sampler=False,
