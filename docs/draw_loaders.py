@@ -11,6 +11,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tests.bench.loaders.behind import sentences  # noqa: E402
 from tests.bench.loaders.catalogue import LIMIT, LOADERS  # noqa: E402
 
 RESULTS = ROOT / "bench" / "out" / "loaders.json"
@@ -76,8 +77,13 @@ OTHERS = {
         (("fresh_s", "fresh epoch, s to first batch"), ("midway_s", "midway, s")),
     ),
     "remote": (
-        "From S3 on the loopback (SeaweedFS), two workers:",
-        (("cold_images_per_s", "cold cache, images/s"), ("warm_images_per_s", "warm")),
+        "From S3 on the loopback (SeaweedFS), two workers, imports left out:",
+        (
+            ("cold_images_per_s", "cold cache, images/s"),
+            ("cold_first_batch_s", "s to first batch"),
+            ("warm_images_per_s", "warm cache, images/s"),
+            ("warm_first_batch_s", "s to first batch"),
+        ),
     ),
 }
 """Measurement besides the speeds -> what is said above its table, and the table's columns."""
@@ -101,8 +107,14 @@ def figures(results: dict[str, Any]) -> str:
         for module, (title, columns) in OTHERS.items():
             told = seconds_table(result[module], columns) if module in result else "not measured in this series."
             parts += [title, told]
+        parts.append(behind(result))
     parts.append(absences(results["absent"]))
     return "\n\n".join(part for part in parts if part)
+
+
+def behind(result: dict[str, Any]) -> str:
+    lines = [f"* {sentence}" for sentence in sentences(result)] or ["* In none of these figures."]
+    return "\n".join(["Where it is not ahead:", "", *lines])
 
 
 def absences(absent: dict[str, Any]) -> str:

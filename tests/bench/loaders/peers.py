@@ -1,7 +1,8 @@
-"""The environment of the peers: `.venv-peers`, which sees `.venv` behind its own packages."""
+"""The environment of the peers, `.venv-peers` or $LOADERS_PEERS; it sees `.venv` behind its own packages."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -11,7 +12,7 @@ from tests.bench.loaders import ffcv_build
 from tests.bench.loaders.sets import ROOT
 
 HERE = Path(__file__).parent
-FOLDER = ROOT / ".venv-peers"
+FOLDER = Path(os.environ.get("LOADERS_PEERS") or ROOT / ".venv-peers").absolute()
 PYTHON = FOLDER / "bin" / "python"
 PINS = HERE / "peers.txt"
 

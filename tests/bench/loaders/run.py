@@ -1,7 +1,8 @@
 """``python -m tests.bench.loaders.run NAME --data DIR --workers N --batches K``: one loader, measured as JSON.
 
 `images`, `wall_s` and `cpu_s` are those of the K batches that follow the warm-up; `first_batch_s` counts from the start
-of the process, imports included; `memory_mib_per_worker` is what the tree holds of its own at the end, over N.
+of the process to the first batch as a tensor of torch, whatever the loader makes, all imports included;
+`memory_mib_per_worker` is what the tree holds of its own at the end, over N.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tests.bench.loaders.process import cpu_s, own_mib, started_s_ago
 
 def measure(batches: Iterator[Any], workers: int, count: int, warm_up: int) -> dict[str, float]:
     """Take `warm_up` and then `count` batches; every one must be whole."""
+    batches = map(_as_tensor, batches)
     _require_whole(next(batches))
     first = started_s_ago(os.getpid())
     for _ in range(warm_up - 1):
@@ -38,6 +40,13 @@ def measure(batches: Iterator[Any], workers: int, count: int, warm_up: int) -> d
         "first_batch_s": first,
         "memory_mib_per_worker": memory,
     }
+
+
+def _as_tensor(batch: Any) -> Any:
+    """The batch as a PyTorch trainer takes it; arrays are not copied."""
+    import torch
+
+    return batch if isinstance(batch, torch.Tensor) else torch.from_numpy(batch)
 
 
 def _require_whole(batch: Any) -> int:
