@@ -154,10 +154,23 @@ def _conclude(bundle: Bundle, ended: Ended) -> None:
         record_failure(bundle, ended.exit_code, ended.rank, ended.error)
     elif ended.exit_code:
         record_stop(bundle, ended.exit_code)
+    _record_time(bundle)
     try:
         write_report(bundle.folder)
     except Exception as error:  # the exit code is a contract about the run, which a page must not break
         note(f"warning: no report.html ({type(error).__name__}: {error})")
+
+
+def _record_time(bundle: Bundle) -> None:
+    """The seconds of all ranks and of what lay between the attempts, which no rank can know."""
+    from orchestrator.files import read_json, write_json
+    from orchestrator.track.goodput import measure_run
+    from orchestrator.track.runs import load_run
+
+    came, path = measure_run(load_run(bundle.folder)), bundle.folder / "result.json"
+    if came.seconds and path.exists():
+        seconds = {phase: round(spent, 3) for phase, spent in came.seconds.items()}
+        write_json(path, {**read_json(path), "seconds": seconds})
 
 
 def _show(bundle: Bundle, as_json: bool, seconds: float | None) -> None:

@@ -37,7 +37,7 @@ from orchestrator.train.heartbeat import Heartbeat, heartbeat_file
 from orchestrator.train.ledger import Ledger, PhaseClock
 from orchestrator.train.loop import Parts, StepBorder
 from orchestrator.train.nonfinite import Bookkeeper
-from orchestrator.train.outcome import Recorder, mirror_result, write_evaluation
+from orchestrator.train.outcome import Recorder, mirror_result, mirror_time, write_evaluation
 from orchestrator.train.preflight import Sets, class_names, open_sets, total_steps
 from orchestrator.train.process import Rank, choose_device, join_group, prepare_arithmetic
 from orchestrator.train.progress import Progress, open_progress
@@ -317,6 +317,7 @@ def _stop(parts: Parts, exit_code: int) -> NoReturn:
             parts.recorder.stopped(step, exit_code)
         if exit_code == EXIT_STOPPED:
             parts.requests.obeyed()
+        mirror_time(parts.tracker, parts.checkpoints.parent)
         parts.tracker.finish(timeout_s=STOP_MIRROR_S, exit_code=exit_code)
     raise StopRequested(f"stopped after saving step {step}", exit_code)
 

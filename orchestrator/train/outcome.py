@@ -14,6 +14,8 @@ from orchestrator.data.images import decode_image
 from orchestrator.data.index import ShardIndex
 from orchestrator.data.reader import ShardReader
 from orchestrator.files import read_json, write_json
+from orchestrator.track.goodput import measure_run, summary
+from orchestrator.track.runs import load_run
 from orchestrator.track.wandb import Tracker
 from orchestrator.train import checkpoint
 from orchestrator.train.evaluate import Evaluation, Outcome
@@ -185,6 +187,7 @@ def save_samples(
 def mirror_result(tracker: Tracker, folder: Path, record: dict[str, Any], result: dict[str, Any], upload: bool) -> None:
     """Send the end of a run to W&B: summary, confusion matrix, samples, checkpoints."""
     tracker.summary({"state": result["state"], **result["metrics"], "weights_sha256": result["weights_sha256"]})
+    mirror_time(tracker, folder)
     if record["confusion"]:
         tracker.log_confusion(record["confusion"], record["classes"])
     for kind in ("worst", "best"):
@@ -192,6 +195,11 @@ def mirror_result(tracker: Tracker, folder: Path, record: dict[str, Any], result
         tracker.log_images(f"samples/{kind}", [folder / s["image"] for s in record[kind]], captions)
     if upload:
         _mirror_checkpoints(tracker, result)
+
+
+def mirror_time(tracker: Tracker, folder: Path) -> None:
+    """Goodput and the split of the wall time so far, over all attempts."""
+    tracker.summary(summary(measure_run(load_run(folder))))
 
 
 def _mirror_checkpoints(tracker: Tracker, result: dict[str, Any]) -> None:
