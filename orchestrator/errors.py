@@ -57,6 +57,10 @@ class NodeError(OrchestratorError):
     exit_code = EXIT_NODE
 
 
+class DeviceError(NodeError):
+    """The device of one rank is unfit; where the number of processes may vary, the run goes on without it."""
+
+
 class TransientError(OrchestratorError):
     """Something outside failed that may work at the next attempt."""
 
