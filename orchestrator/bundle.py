@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,14 @@ RECORDED_PACKAGES = (
 
 
 @dataclass(frozen=True, slots=True)
+class Initial:
+    """The checkpoint that `init_from` meant when the run was frozen."""
+
+    path: str
+    weights_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class Bundle:
     """Everything that decides a run, and what it was made with."""
 
@@ -40,19 +48,23 @@ class Bundle:
     versions: dict[str, str]
     git: dict[str, Any] | None
     machine: dict[str, Any]
+    initial: Initial | None = None
 
     @property
     def folder(self) -> Path:
         return Path(self.config.runs_dir) / self.run_id
 
 
-def freeze(composed: Composed) -> Bundle:
-    """Freeze a composed config together with the identity of the code and its environment."""
+def freeze(composed: Composed, initial: Initial | None = None) -> Bundle:
+    """Freeze a composed config together with the identity of the code and its environment.
+
+    `initial`: what the config's `init_from` means.
+    """
     plain = to_dict(composed.config)
     code = Path(__file__).parent
     lock = code.parent / "requirements.lock"
     return Bundle(
-        run_id=run_id(composed.config),
+        run_id=run_id(composed.config, initial),
         config=composed.config,
         config_hash=_hash_json(plain),
         overrides=composed.overrides,
@@ -62,12 +74,24 @@ def freeze(composed: Composed) -> Bundle:
         versions=_versions(),
         git=_git_state(code.parent),
         machine={"system": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()},
+        initial=initial,
     )
 
 
-def run_id(config: RunConfig) -> str:
-    """``name-XXXXXXXX`` from the content of the config without the keys that may change between attempts."""
+def with_config(bundle: Bundle, config: RunConfig) -> Bundle:
+    """The same bundle of another config, with the id and hash that follow from it."""
+    changed = {"run_id": run_id(config, bundle.initial), "config_hash": _hash_json(to_dict(config))}
+    return replace(bundle, config=config, **changed)
+
+
+def run_id(config: RunConfig, initial: Initial | None = None) -> str:
+    """``name-XXXXXXXX`` from the content of the config without the keys that may change between attempts.
+
+    Of `initial` the weights count, not their place.
+    """
     plain = to_dict(config)
+    if initial is not None:
+        plain["init_from"] = initial.weights_sha256
     for split in ("train", "val"):
         plain["data"][split] = plain["data"][split].removeprefix(f"{config.data_dir}/")
     for key in MAY_CHANGE:
@@ -100,7 +124,8 @@ def load_bundle(path: Path) -> Bundle:
         raise UserError(f"{path} was edited: its config no longer has the hash {content['config_hash'][:12]}. "
                         "Way out: give the change as key=value to a new run")  # fmt: skip
     facts = {name: content[name] for name in names}
-    return Bundle(**{**facts, "config": config, "overrides": tuple(content["overrides"])})
+    initial = Initial(**content["initial"]) if content["initial"] else None
+    return Bundle(**{**facts, "config": config, "overrides": tuple(content["overrides"]), "initial": initial})
 
 
 def _hash_json(value: Mapping[str, Any]) -> str:

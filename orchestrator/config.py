@@ -560,6 +560,13 @@ class RunConfig:
             "must be at least 1",
             "e.g. eval_batch_size=64",
         )
+        _require(
+            self.init_from is None or self.model.weights is None,
+            "init_from",
+            self.init_from,
+            f"gives the first weights, and so does model.weights = {self.model.weights}",
+            "leave one of them out",
+        )
         self._require_batch_fits()
 
     def _require_batch_fits(self) -> None:

@@ -24,6 +24,7 @@ BY_HAND = {
     "data.color_jitter": [0.4, 0.4, 0.4, 0.1], "data.ramp_epochs": [1, 2],
     "name": "another", "compute.num_processes": "1", "data.eval_resize": 9, "recipe.step_epochs": [1],
     "tracking.tags": ["x"], "compute.virtual_ranks": "4", "cluster.prices": ["cpu=0.04"],
+    "checkpointing.metric": "val/loss", "checkpointing.mirror": "s3://bucket/runs",
 }  # fmt: skip
 """Other values where the general rule of `other` gives one that the schema refuses."""
 NOT_ALONE = {"cluster.kind", "data_dir"}

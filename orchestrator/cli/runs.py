@@ -11,8 +11,9 @@ from orchestrator.cli.console import note, print_json
 from orchestrator.errors import EXIT_DONE
 
 if TYPE_CHECKING:
-    from orchestrator.bundle import Bundle
+    from orchestrator.bundle import Bundle, Initial
     from orchestrator.cluster.local import Ended
+    from orchestrator.config import RunConfig
 
 EPILOG = """examples:
   orchestrator train experiment=quickstart
@@ -56,7 +57,7 @@ def train(args: argparse.Namespace) -> int:
         return EXIT_DONE
     from orchestrator.bundle import freeze
 
-    bundle = freeze(composed)
+    bundle = freeze(composed, _initial(composed.config))
     if args.dry_run:
         return _dry_run(bundle, args.json)
     return _launch(bundle, args.json, began)
@@ -67,6 +68,14 @@ def _dry_run(bundle: Bundle, as_json: bool) -> int:
     from orchestrator.train.preflight import check_run, total_steps
 
     config, processes = bundle.config, num_processes(bundle.config.compute)
+def _initial(config: RunConfig) -> Initial | None:
+    if config.init_from is None:
+        return None
+    from orchestrator.train.initial import find_initial
+
+    return find_initial(config)
+
+
     sets = check_run(config, processes)
     plan = sets.plan(config)
     facts = {
@@ -111,6 +120,7 @@ def _launch(bundle: Bundle, as_json: bool, began: float) -> int:
     sets = check_run(bundle.config, num_processes(bundle.config.compute))
     free_port(bundle.config.compute)
     with only_writer(bundle.folder):
+    from orchestrator.train.earlier import tell_earlier
         if _state(bundle) == "already finished":
             note(f"run {bundle.run_id} is already finished; another seed or name starts a new one")
             _show(bundle, as_json, None)
@@ -121,6 +131,8 @@ def _launch(bundle: Bundle, as_json: bool, began: float) -> int:
     _conclude(bundle, ended)
     _show(bundle, as_json, time.time() - began)
     if ended.error:
+        if earlier := tell_earlier(bundle):
+            note(earlier)
         tell_cause(bundle, ended)
     return ended.exit_code
 

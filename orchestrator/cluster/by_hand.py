@@ -17,6 +17,7 @@ from orchestrator.cluster.lock import only_writer
 from orchestrator.compose import compose
 from orchestrator.errors import OrchestratorError
 from orchestrator.files import read_json
+from orchestrator.train.initial import find_initial
 from orchestrator.train.preflight import check_run
 from orchestrator.train.process import error_file
 from orchestrator.world import World, read_world
@@ -74,4 +75,5 @@ def _decide(arguments: Sequence[str], world: World, held: ExitStack) -> tuple[st
 def _bundle(arguments: Sequence[str]) -> Bundle:
     if len(arguments) == 1 and arguments[0].endswith(".json"):
         return load_bundle(Path(arguments[0]))
-    return freeze(compose(arguments))
+    composed = compose(arguments)
+    return freeze(composed, find_initial(composed.config))

@@ -34,6 +34,7 @@ from orchestrator.train.beats import Beats
 from orchestrator.train.checkpoint import Checkpoint, TrainState
 from orchestrator.train.evaluate import Evaluation, EvaluationStopped, evaluate
 from orchestrator.train.heartbeat import Heartbeat, heartbeat_file
+from orchestrator.train.initial import start_from
 from orchestrator.train.ledger import Ledger, PhaseClock
 from orchestrator.train.loop import Parts, StepBorder
 from orchestrator.train.nonfinite import Bookkeeper
@@ -115,11 +116,14 @@ def _assemble(bundle: Bundle, rank: Rank, clock: PhaseClock, flag: StopFlag) -> 
     span = Span(first, steps, plan.steps_per_epoch, world.rank, world.world_size, virtual_ranks)
     job = Job(bundle, rank, sets, plan, span)
     net = build_net(config, sets.num_classes, rank.device)
+    started = start_from(bundle.initial, net) if bundle.initial and not found else None
     ema = ExponentialMovingAverage(net, config.recipe.ema_decay) if config.recipe.ema_decay else None
     module = Classifier(net, config, span)
     state = _restore(found, module, ema) if found else None
     parts = _wire(job, module, ema, clock, flag, saver)
     parts.lost = found.manifest["lost"] if found else 0
+    if started:
+        parts.progress.say(started)
     if found and found.step % plan.steps_per_epoch == 0 and not found.manifest["metrics"]:
         parts.unjudged = found.folder
     return job, parts, state

@@ -44,8 +44,8 @@ class Loaded:
     preprocessing: Preprocessing
 
 
-def find_checkpoint(text: str, runs_dir: Path) -> Path:
-    """The path behind ``PATH``, ``ID``, ``ID:best`` or ``ID:last``."""
+def find_checkpoint(text: str, runs_dir: Path, key: str = "checkpoint") -> Path:
+    """The path behind ``PATH``, ``ID``, ``ID:best`` or ``ID:last``; `key` is what it was given for."""
     run_id, _, which = text.rpartition(":") if text.endswith((":best", ":last")) else (text, "", "best")
     root = runs_dir / run_id / "checkpoints"
     if Path(text).exists() and not (Path(text) / "checkpoints").is_dir():
@@ -55,7 +55,7 @@ def find_checkpoint(text: str, runs_dir: Path) -> Path:
     if not root.is_dir():
         known = sorted(path.parent.name for path in runs_dir.glob("*/checkpoints"))
         raise ConfigError(
-            "checkpoint", text, f"is no path and no run in {runs_dir}/", f"runs there: {', '.join(known) or 'none'}"
+            key, text, f"is no path and no run in {runs_dir}/", f"runs there: {', '.join(known) or 'none'}"
         )
     found = checkpoint.newest(root) if which == "last" else best(root) or checkpoint.newest(root)
     if found is None:
