@@ -321,7 +321,7 @@ def _stop(parts: Parts, exit_code: int) -> NoReturn:
             parts.recorder.stopped(step, exit_code)
         if exit_code == EXIT_STOPPED:
             parts.requests.obeyed()
-        mirror_time(parts.tracker, parts.checkpoints.parent)
+        mirror_time(parts.tracker, parts.recorder.bundle.folder)
         parts.tracker.finish(timeout_s=STOP_MIRROR_S, exit_code=exit_code)
     raise StopRequested(f"stopped after saving step {step}", exit_code)
 
