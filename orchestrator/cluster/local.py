@@ -22,6 +22,7 @@ from orchestrator.cluster.restarts import Attempt, Verdict, count_restarts, deci
 from orchestrator.config import ComputeConfig
 from orchestrator.errors import EXIT_RESIZED, EXIT_STOPPED, ConfigError
 from orchestrator.train.requests import stops_after
+from orchestrator.train.virtual_choice import slices_of
 
 __all__ = ["Ended", "free_port", "next_attempt", "num_processes", "run_attempts", "warm_up"]
 
@@ -69,7 +70,7 @@ def _until_the_end(launch: Launch) -> Ended:
     config = bundle.config.cluster
     while True:
         number = next_attempt(bundle.folder)
-        world_size = places.world_size(None)
+        world_size = places.world_size(slices_of(bundle.config.compute.virtual_ranks, bundle.folder))
         _tell_start(launch, number, world_size, attempts)
         attempt = _attempt(launch, number, world_size, places)
         attempts.append(attempt)
@@ -87,7 +88,8 @@ def _attempt(launch: Launch, number: int, world_size: int, places: Places) -> At
 
     def resize(step: int):
         first.append(step) if step and not first else None
-        return places.ask(None, world_size, bool(first) and step > first[0])
+        slices = slices_of(launch.bundle.config.compute.virtual_ranks, launch.bundle.folder)
+        return places.ask(slices, world_size, bool(first) and step > first[0])
 
     ended, step = run_attempt(launch, number, world_size, places.env(), resize)
     return Attempt(ended, step)

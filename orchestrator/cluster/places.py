@@ -12,6 +12,7 @@ from pathlib import Path
 from orchestrator.config import ComputeConfig, process_range
 from orchestrator.options import Device
 from orchestrator.train.orders import Request
+from orchestrator.train.virtual import largest_world
 
 
 def num_processes(config: ComputeConfig) -> int:
@@ -29,15 +30,6 @@ def visible_gpus(config: ComputeConfig) -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def largest_world(slices: int | None, low: int, high: int, places: int) -> int:
-    """The most processes between `low` and `high` that have a place and share the slices of a step evenly; 0: none."""
-    try:
-        from orchestrator.train.virtual import largest_world as largest  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return min(high, places) if places >= low else 0
-    return largest(slices, low, high, places)
 
 
 @dataclass(slots=True)

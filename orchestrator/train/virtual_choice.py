@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.bundle import Bundle
 from orchestrator.files import read_json, write_json
-from orchestrator.train.process import Rank
 from orchestrator.train.virtual import Choice, choose
+
+if TYPE_CHECKING:
+    from orchestrator.train.process import Rank
 
 log = logging.getLogger(__name__)
 SCHEMA = 1
@@ -25,6 +24,9 @@ def agree_on_virtual_ranks(bundle: Bundle, rank: Rank, manifest: Mapping[str, An
 
     None: plain all-reduce. Raises ConfigError where a number was asked for that the processes cannot share.
     """
+    import torch  # here and not above: the launcher needs only what a run has noted
+    import torch.distributed as dist
+
     asked, world = bundle.config.compute.virtual_ranks, rank.world
     if asked != "auto":
         return choose(asked, None, world.world_size).virtual_ranks

@@ -19,10 +19,12 @@ from orchestrator.compose import compose
 from orchestrator.data.order import TrainPlan
 from orchestrator.data.stream import Split, _train_requests
 from orchestrator.errors import EXIT_USER, ConfigError
+from orchestrator.files import write_json
 from orchestrator.model.module import Span
 from orchestrator.train.exchange import TreeExchange
 from orchestrator.train.slices import require_own_statistics
 from orchestrator.train.virtual import Choice, carry, choose, largest_world, levels, require_shareable, serving_worlds
+from orchestrator.train.virtual_choice import slices_of
 
 POWERS = [1, 2, 4, 8, 16, 32, 64]
 PAIRS = [(virtual, world) for virtual, world in product(POWERS, POWERS) if world <= virtual]
@@ -246,3 +248,11 @@ def test_processes_sum_in_the_order_of_the_tree_and_send_as_much_as_a_ring(tmp_p
         assert sum(int(own["sent"]) for own in found) == pytest.approx(world * ring, rel=0.01)
         # The control: a plain all-reduce adds in another order, so the test above can fail.
         assert not np.array_equal(found[0]["plain"], wanted)
+
+
+def test_the_launcher_keeps_to_a_number_asked_for_or_to_what_the_run_has_noted(tmp_path: Path) -> None:
+    for asked, wanted in (("8", 8), ("auto", None), ("off", None)):
+        assert slices_of(asked, tmp_path) == wanted
+    write_json(tmp_path / "virtual_ranks.json", {"schema": 1, "virtual_ranks": 4})
+    for asked, wanted in (("8", 8), ("auto", 4), ("off", None)):
+        assert slices_of(asked, tmp_path) == wanted

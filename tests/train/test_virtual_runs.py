@@ -150,3 +150,11 @@ def test_without_virtual_ranks_two_three_and_one_processes_see_the_same_samples_
     ]
     assert sum(images) == 3 * 108
     assert result["metrics"]["val/loss"] == pytest.approx(undisturbed["metrics"]["val/loss"], rel=0.05)
+
+
+def test_a_range_of_processes_is_used_up_to_the_largest_that_shares_the_virtual_ranks(
+    cli: Cli, elaborate: tuple[str, ...]
+) -> None:
+    short = (*elaborate, "compute.virtual_ranks=4", "max_steps=2", "compute.num_processes=1:3", "--json")
+    result = cli("train", *short).json()
+    assert (result["world_size"], result["virtual_ranks"]) == (2, 4)
