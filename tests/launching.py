@@ -134,7 +134,8 @@ def finish(process: subprocess.Popen, timeout_s: float = 120) -> Answer:
 class Saboteur:
     """Steers the test package's model: at a rank's n-th training batch of an attempt it does something once.
 
-    `white` and `nan` hold until it is disarmed: images that are white in the middle, or all of them, become NaN.
+    Some hold until it is disarmed: with `white` and `nan`, images that are white in the middle or all of them become
+    NaN, with `drift` the network depends on how many batches its process has seen.
 
     The model is a plain small network, so a run with it is the same run whether something is done or not.
     """
@@ -181,7 +182,10 @@ class Net(nn.Module):
         return self.head(self.body(x).mean((2, 3)))
 
     def blank(self, x, what):
-        """NaN in every image, or in those that are white in the middle."""
+        """NaN in every image, or in those that are white in the middle; or what no checkpoint knows of."""
+        if what == "drift":
+            x *= 1 + 0.01 * self.batches
+            return
         middle = x[:, :, 3:5, 3:5].amin((1, 2, 3))
         x[(middle > 0.99) | (what == "nan")] = float("nan")
 
@@ -189,7 +193,7 @@ class Net(nn.Module):
         if not ORDER.exists():
             return
         order = json.loads(ORDER.read_text())
-        if order["do"] in ("white", "nan"):
+        if order["do"] in ("white", "nan", "drift"):
             DONE.write_text(str(os.getpid()))
             self.blank(x, order["do"])
             return

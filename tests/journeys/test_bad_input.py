@@ -178,7 +178,7 @@ def blank_first_image(path: Path) -> None:
 def test_a_diverging_optimizer_ends_the_run_with_the_step(cli: Cli, small: tuple[str, ...], saboteur: Saboteur) -> None:
     wild = ("model=timm", "model.name=saboteur", "optimizer.lr=1e30", "checkpointing.every_steps=1")
     answer = cli("train", *small, *wild, "tracking.log_every_steps=7")
-    require_refused(answer, "diverged before step", "optimizer.lr", "recipe.clip_norm")
+    require_refused(answer, "recipe.on_nan = stop: training diverged: ", "optimizer.lr", "recipe.clip_norm")
     (folder,) = (cli.cwd / "runs").iterdir()
     saved = {int(path.name[5:]) for path in (folder / "checkpoints").glob("step_*")}
     assert saved <= {1, 2, 3}
