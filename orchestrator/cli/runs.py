@@ -33,6 +33,7 @@ def add_to(subparsers: Any) -> None:
     add_config_flags(parser)
     parser.add_argument("--cfg", action="store_true", help="print the config, each value with its source, and stop")
     parser.add_argument("--dry-run", action="store_true", help="print exactly what would run, and stop")
+    parser.add_argument("--canary", action="store_true", help="try three steps, a resume and all that is written")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=train, takes_overrides=True)
 
@@ -60,14 +61,13 @@ def train(args: argparse.Namespace) -> int:
     bundle = freeze(composed, _initial(composed.config))
     if args.dry_run:
         return _dry_run(bundle, args.json)
+    if args.canary:
+        from orchestrator.cli.canary import run_canary
+
+        return run_canary(bundle, args.json)
     return _launch(bundle, args.json, began)
 
 
-def _dry_run(bundle: Bundle, as_json: bool) -> int:
-    from orchestrator.cluster.local import num_processes
-    from orchestrator.train.preflight import check_run, total_steps
-
-    config, processes = bundle.config, num_processes(bundle.config.compute)
 def _initial(config: RunConfig) -> Initial | None:
     if config.init_from is None:
         return None
@@ -76,6 +76,11 @@ def _initial(config: RunConfig) -> Initial | None:
     return find_initial(config)
 
 
+def _dry_run(bundle: Bundle, as_json: bool) -> int:
+    from orchestrator.cluster.local import num_processes
+    from orchestrator.train.preflight import check_run, total_steps
+
+    config, processes = bundle.config, num_processes(bundle.config.compute)
     sets = check_run(config, processes)
     plan = sets.plan(config)
     facts = {
@@ -115,24 +120,24 @@ def _launch(bundle: Bundle, as_json: bool, began: float) -> int:
     from orchestrator.bundle import write_bundle
     from orchestrator.cluster.local import free_port, num_processes
     from orchestrator.cluster.lock import only_writer
+    from orchestrator.train.earlier import tell_earlier
     from orchestrator.train.preflight import check_run
 
     sets = check_run(bundle.config, num_processes(bundle.config.compute))
     free_port(bundle.config.compute)
     with only_writer(bundle.folder):
-    from orchestrator.train.earlier import tell_earlier
         if _state(bundle) == "already finished":
             note(f"run {bundle.run_id} is already finished; another seed or name starts a new one")
             _show(bundle, as_json, None)
             return EXIT_DONE
         _warn_of_other_code(bundle)
+        if earlier := tell_earlier(bundle):
+            note(earlier)
         write_bundle(bundle, bundle.folder / "run.json", sets.facts())
         ended = _run(bundle, began)
     _conclude(bundle, ended)
     _show(bundle, as_json, time.time() - began)
     if ended.error:
-        if earlier := tell_earlier(bundle):
-            note(earlier)
         tell_cause(bundle, ended)
     return ended.exit_code
 

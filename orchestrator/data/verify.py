@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.data.fetch import local_path
@@ -43,6 +43,17 @@ def verify_set(index: ShardIndex, max_pixels: int, advance: Callable[[int], None
         names = ", ".join(f"{index.classes[i]} {counts[i]} (index: {index.class_counts[i]})" for i in wrong[:5])
         faults.append(Fault(index.location, f"class counts differ: {names}"))
     return faults
+
+
+def require_readable(shard: Shard, max_pixels: int, images: int) -> None:
+    """Raise DataError where a shard has not the bytes of the index, or one of its first `images` cannot be decoded."""
+    path = local_path(shard)
+    members = read_members(path, shard.label, shard.classes)
+    limits = (1 + int(members.label.max(initial=0)), max_pixels)
+    first = replace(members, keys=members.keys[:images])
+    faults = _check_file(path, shard) + _check_samples(path, shard, first, limits, lambda n: None)
+    if faults:
+        raise DataError(f"{faults[0]}. Way out: `orchestrator shards verify` names all faults; copy or pack it again")
 
 
 def _verify_shard(
