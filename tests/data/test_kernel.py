@@ -95,6 +95,25 @@ def test_every_place_of_a_large_image_is_reached(kernel: Kernel, sampling: str, 
     assert all(np.array_equal(out[i], by_torch(whole, box, 64, False)) for i, box in enumerate(boxes))
 
 
+@pytest.mark.parametrize("optimize", [False, True])
+@pytest.mark.parametrize("quality", [1, 30, 75, 96, 100])
+def test_codes_of_every_length_are_read_as_libjpeg_reads_them(kernel: Kernel, quality: int, optimize: bool) -> None:
+    """Noise of high quality has codes of 16 bits and values of 10; what is nearly flat has long runs of zeros."""
+    random = np.random.default_rng(quality)
+    noise = random.integers(0, 256, (95, 130, 3), np.uint8)
+    spots = np.where(random.random((95, 130, 3)) < 0.004, 255, 0).astype(np.uint8)
+    for pixels in (noise, spots, noise // 16 + 100):
+        data = pillow_jpeg(pixels, quality=quality, optimize=optimize, subsampling=2)
+        for whole in (data, kernel.rewrite(data, 3), kernel.rewrite(data, 9)):
+            assert whole
+            boxes = [(0, 0, 130, 95), (70, 60, 130, 95), (20, 30, 60, 50)]
+            jobs = jobs_of([whole] * 3, boxes)
+            out = decode(kernel, jobs, 120)
+            assert (jobs["status"] == DONE).all()
+            for row, box in enumerate(boxes):
+                assert np.array_equal(out[row], by_torch(by_pillow(data), box, 120, False))
+
+
 @pytest.mark.parametrize("factor", [2, 4, 8])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_a_smaller_dct_of_a_region_is_that_of_the_whole_image(kernel: Kernel, sampling: str, factor: int) -> None:
@@ -245,6 +264,14 @@ int main(void) {
     AT(D_OUTPUT_WIDTH, jpeg_decompress_struct, output_width) AT(D_OUTPUT_HEIGHT, jpeg_decompress_struct, output_height)
     AT(D_OUTPUT_SCANLINE, jpeg_decompress_struct, output_scanline) AT(D_COEF_BITS, jpeg_decompress_struct, coef_bits)
     AT(D_COMP_INFO, jpeg_decompress_struct, comp_info)
+    AT(D_CLIENT_DATA, jpeg_decompress_struct, client_data) AT(D_SRC, jpeg_decompress_struct, src)
+    AT(D_DC_TABLES, jpeg_decompress_struct, dc_huff_tbl_ptrs) AT(D_AC_TABLES, jpeg_decompress_struct, ac_huff_tbl_ptrs)
+    AT(D_RESTART_INTERVAL, jpeg_decompress_struct, restart_interval)
+    AT(D_CUR_COMP_INFO, jpeg_decompress_struct, cur_comp_info)
+    AT(D_BLOCKS_IN_MCU, jpeg_decompress_struct, blocks_in_MCU)
+    AT(D_MCU_MEMBERSHIP, jpeg_decompress_struct, MCU_membership) AT(D_ENTROPY, jpeg_decompress_struct, entropy)
+    SAME(T_BITS, offsetof(JHUFF_TBL, bits)) SAME(T_VALUES, offsetof(JHUFF_TBL, huffval))
+    AT(S_NEXT, jpeg_source_mgr, next_input_byte) AT(S_LEFT, jpeg_source_mgr, bytes_in_buffer)
     AT(C_ERR, jpeg_compress_struct, err) AT(C_OPTIMIZE_CODING, jpeg_compress_struct, optimize_coding)
     AT(C_RESTART_INTERVAL, jpeg_compress_struct, restart_interval)
     AT(E_ERROR_EXIT, jpeg_error_mgr, error_exit) AT(E_EMIT_MESSAGE, jpeg_error_mgr, emit_message)
@@ -252,6 +279,7 @@ int main(void) {
     AT(M_ACCESS_VIRT_BARRAY, jpeg_memory_mgr, access_virt_barray)
 #define OF(name, field) SAME(name, offsetof(jpeg_component_info, field))
     OF(I_H_SAMP, h_samp_factor) OF(I_V_SAMP, v_samp_factor) OF(I_WIDTH_IN_BLOCKS, width_in_blocks)
+    OF(I_DC_TABLE, dc_tbl_no) OF(I_AC_TABLE, ac_tbl_no)
     OF(I_HEIGHT_IN_BLOCKS, height_in_blocks) OF(I_QUANT_TABLE, quant_table)
     SAME(OUR_RGBX, JCS_EXT_RGBX)
     printf("checked\\n");

@@ -11,6 +11,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "huffman.h"
 #include "jpeg_file.h"
 #include "libjpeg.h"
 #include "resize.h"
@@ -46,6 +47,8 @@ static __thread struct {
     uint8_t *file, *joined, *rows, *narrow; /* grown as needed, kept for the next image */
     size_t file_room, joined_room, rows_room, narrow_room;
     Taps across, down;
+    HuffmanTable tables[2][TABLES]; /* of DC and AC values */
+    HuffmanScan scan;
 } own;
 
 static void on_error(void *cinfo) {
@@ -192,6 +195,36 @@ static void decode_region(void *d, Region region, const Taps *across, int left_i
     }
 }
 
+static int on_mcu(void *d, int16_t **blocks) {
+    HuffmanScan *scan = FIELD(d, D_CLIENT_DATA, HuffmanScan *);
+    if (!scan->read_mcu(scan, blocks)) longjmp(own.failed, 1);
+    return 1;
+}
+
+static const HuffmanTable *table_of(void *d, int is_ac, int number) {
+    if (number < 0 || number >= TABLES) longjmp(own.failed, 1);
+    const uint8_t *found = FIELD(d, (is_ac ? D_AC_TABLES : D_DC_TABLES) + 8 * number, const uint8_t *);
+    if (!found) longjmp(own.failed, 1);
+    huffman_build(&own.tables[is_ac][number], found + T_BITS, found + T_VALUES);
+    return &own.tables[is_ac][number];
+}
+
+/* Have the only scan of a baseline file, which is about to begin, read by huffman.h in place of libjpeg. */
+static void read_scan_ourselves(void *d) {
+    HuffmanScan *scan = &own.scan;
+    void *source = FIELD(d, D_SRC, void *);
+    huffman_start(scan, FIELD(source, S_NEXT, const uint8_t *), FIELD(source, S_LEFT, size_t), (int)FIELD(d, D_RESTART_INTERVAL, unsigned));
+    huffman_choose(scan);
+    scan->blocks = FIELD(d, D_BLOCKS_IN_MCU, int);
+    for (int i = 0; i < scan->blocks; i++) {
+        int component = FIELD(d, D_MCU_MEMBERSHIP + 4 * i, int);
+        void *info = FIELD(d, D_CUR_COMP_INFO + 8 * component, void *);
+        scan->block[i] = (HuffmanBlock){table_of(d, 0, FIELD(info, I_DC_TABLE, int)), table_of(d, 1, FIELD(info, I_AC_TABLE, int)), component};
+    }
+    FIELD(d, D_CLIENT_DATA, HuffmanScan *) = scan;
+    FIELD(FIELD(d, D_ENTROPY, void *), H_DECODE_MCU, decode_mcu_fn) = on_mcu;
+}
+
 /* Whether the last scans of a progressive file are missing: libjpeg smooths over that, across a region's borders. */
 static int lacks_scans(void *d) {
     enum { SMOOTHED = 10 }; /* coefficients of a block that its smoothing guesses */
@@ -222,6 +255,7 @@ static void decode_file(void *d, Job *job, const JpegFile *file, const uint8_t *
     FIELD(d, D_SCALE_DENOM, unsigned) = (unsigned)k;
     jpeg_start_decompress(d);
     if (lacks_scans(d)) longjmp(own.failed, 1);
+    if (file->baseline) read_scan_ourselves(d);
     if (k > 1) { /* from here on everything is in pixels of the scaled image */
         int width = (int)FIELD(d, D_OUTPUT_WIDTH, unsigned), height = (int)FIELD(d, D_OUTPUT_HEIGHT, unsigned);
         region = (Region){region.left / k, region.top / k, clamp((region.right + k - 1) / k, 1, width),
