@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-PINS = ("ffcv==1.0.2", "numba", "llvmlite", "opencv-python-headless", "terminaltables", "assertpy", "fastargs")
+FFCV = "ffcv==1.0.2"
+NEEDS = (
+    "numba==0.68.1", "llvmlite==0.50.0", "opencv-python-headless==5.0.0.93", "terminaltables==3.1.10",
+    "assertpy==1.1", "fastargs==1.2.0",
+)  # fmt: skip
 DEBIAN = (
     "libopencv-core-dev", "libopencv-imgproc-dev", "libopencv-core406", "libopencv-imgproc406", "libturbojpeg0-dev",
     "libturbojpeg0", "libtbb12", "liblapack3", "libblas3", "libgfortran5",
@@ -24,9 +28,10 @@ def build(folder: Path, python: Path) -> str | None:
         environment = _libraries(folder)
     except (OSError, subprocess.CalledProcessError) as error:
         return f"no OpenCV and libturbojpeg for FFCV ({error})"
-    uv = Path(sys.executable).parent / "uv"
-    command = [uv, "pip", "install", "--quiet", "--python", python, "--no-deps", "--no-build-isolation", *PINS]
-    return _run(command, environment)
+    install = [Path(sys.executable).parent / "uv", "pip", "install", "--quiet", "--python", python, "--no-deps"]
+    # not a wheel of an earlier build: it finds its libraries in the folder that it was built for
+    built = [*install, "--no-cache", "--reinstall", "--no-build-isolation", FFCV]
+    return _run([*install, *NEEDS]) or _run(built, environment) or _run([python, "-c", "import ffcv.loader"])
 
 
 def _libraries(folder: Path) -> dict[str, str]:
