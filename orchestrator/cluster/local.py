@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -67,11 +68,11 @@ def run_attempts(
 def _until_the_end(launch: Launch) -> Ended:
     bundle, attempts = launch.bundle, list[Attempt]()
     places = Places(bundle.config.compute, bundle.folder)
-    config = bundle.config.cluster
+    config, verdict = bundle.config.cluster, None
     while True:
         number = next_attempt(bundle.folder)
         world_size = places.world_size(slices_of(bundle.config.compute.virtual_ranks, bundle.folder))
-        _tell_start(launch, number, world_size, attempts)
+        _tell_start(launch, number, world_size, verdict)
         attempt = _attempt(launch, number, world_size, places)
         attempts.append(attempt)
         verdict = decide(attempts, config.max_restarts, config.backoff_s)
@@ -95,9 +96,12 @@ def _attempt(launch: Launch, number: int, world_size: int, places: Places) -> At
     return Attempt(ended, step)
 
 
-def _tell_start(launch: Launch, number: int, world_size: int, attempts: list[Attempt]) -> None:
-    facts = {"world_size": world_size, "began": launch.began} if not attempts else {"world_size": world_size}
-    launch.journal.write("restart" if attempts else "launch", number, **facts)
+def _tell_start(launch: Launch, number: int, world_size: int, verdict: Verdict | None) -> None:
+    if verdict is None:
+        argv0 = Path(sys.argv[0]).name
+        launch.journal.write("launch", number, argv0=argv0, world_size=world_size, began=round(launch.began, 3))
+    else:
+        launch.journal.write("restart", number, pause_s=verdict.pause_s, world_size=world_size)
 
 
 def _pause(launch: Launch, number: int, attempts: list[Attempt], verdict: Verdict) -> Verdict:
