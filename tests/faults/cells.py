@@ -62,6 +62,8 @@ class Cell:
         if self.kind.startswith("loader") and self.phase != "save":
             loader = "eval loader" if self.phase == "validation" else "train loader"
             return (Strike(self.kind, self.rank, loader, STEP if self.phase == "step" else 0),)
+        if self.kind == "disk full" and self.rank:
+            return (Strike(self.kind, self.rank, "save event", SAVED),)
         step = {"start": 0, "step": STEP, "validation": EVALUATED, "save": SAVED}[self.phase]
         return (Strike(self.kind, self.rank, self.phase, step),)
 

@@ -159,13 +159,25 @@ class Story:
         }
 
     def committed(self) -> dict[int, list[int]]:
-        """Sample numbers of every step, sorted, as the last attempt that made it computed it."""
-        made: dict[int, dict[int, list[int]]] = {}
+        """Sample numbers of every step, sorted; what an attempt computed beyond the next one's start is void."""
+        steps: dict[int, list[int]] = {}
+        for entries in self._recorded().values():
+            computed = [entry for entry in entries if "step" in entry]
+            start = max((entry["goes_on_from"] for entry in entries if "goes_on_from" in entry), default=0)
+            if computed:
+                steps = {step: ids for step, ids in steps.items() if step <= start}
+            for entry in computed:
+                steps.setdefault(entry["step"], []).extend(entry["ids"])
+        return {step: sorted(ids) for step, ids in sorted(steps.items())}
+
+    def _recorded(self) -> dict[int, list[dict[str, Any]]]:
+        """What all ranks wrote of an attempt, by attempt."""
+        attempts: dict[int, list[dict[str, Any]]] = {}
         for path in sorted(self.folder.glob("samples/rank_*.jsonl")):
             for line in path.read_text().splitlines():
                 entry = json.loads(line)
-                made.setdefault(entry["step"], {}).setdefault(entry["attempt"], []).extend(entry["ids"])
-        return {step: sorted(attempts[max(attempts)]) for step, attempts in sorted(made.items())}
+                attempts.setdefault(entry["attempt"], []).append(entry)
+        return dict(sorted(attempts.items()))
 
     def attempts(self) -> int:
         return len(list(self.run_folder.glob("logs/attempt_*")))

@@ -129,6 +129,7 @@ def rank(bundle_path: str, attempt: int, began: float) -> None:
 
     injector = Injector(Path.cwd(), int(os.environ["RANK"]), attempt)
     _hook_phases(injector)
+    _hook_saves(injector)
     _hook_loader(injector)
     _record_samples(injector)
     bugs.install(injector)
@@ -145,13 +146,11 @@ def take_over() -> None:
 
 
 def _hook_phases(injector: Injector) -> None:
-    """Start: before the ranks meet. Step: amid it. Validation: with its first batch in hand. Save: amid a file."""
+    """Start: before the ranks meet. Step: amid it. Validation: with its first batch in hand."""
     from orchestrator.model.module import Classifier
-    from orchestrator.train import checkpoint
     from orchestrator.train.heartbeat import Heartbeat
 
     begin, follow, compute = Heartbeat.__init__, Heartbeat.following, Classifier.training_step
-    write = checkpoint._write
 
     def heartbeat(self: Heartbeat, path: Path | None = None) -> None:
         begin(self, path)
@@ -168,14 +167,38 @@ def _hook_phases(injector: Injector) -> None:
         injector.reach("step", self.step)
         return compute(self, batch, batch_idx)
 
-    def torn_write(path: Path, content: Any) -> None:
-        step = int(path.parent.name.split("_")[1].split(".")[0])
-        path.write_bytes(bytes(content)[: len(content) // 2])
-        injector.reach("save", step)
-        write(path, content)
-
     Heartbeat.__init__, Heartbeat.following = heartbeat, following
-    Classifier.training_step, checkpoint._write = training_step, torn_write
+    Classifier.training_step = training_step
+
+
+def _hook_saves(injector: Injector) -> None:
+    """The first rank: in its writer, amid a file. The others: before they hand their part over, and in their event."""
+    from orchestrator.files import disk_errors
+    from orchestrator.train.ledger import Ledger
+    from orchestrator.train.saver import Saver
+    from orchestrator.train.writing import Sums
+
+    save, write, append = Saver.save, Sums.write, Ledger._append
+
+    def handed_over(self: Saver, state: Any, manifest: dict[str, Any], told: Any) -> None:
+        if injector.rank:
+            injector.reach("save", manifest["step"])
+        save(self, state, manifest, told)
+
+    def torn_write(self: Sums, content: Any) -> int:
+        view, place = memoryview(content).cast("B"), Path(self._file.name).parent.name
+        half = write(self, view[: len(view) // 2])
+        if place.startswith("step_"):
+            injector.reach("save", int(place.removeprefix("step_")))
+        return half + write(self, view[len(view) // 2 :])
+
+    def torn_append(self: Ledger, content: bytes) -> None:
+        with disk_errors(self._path):
+            if b'"kind": "save"' in content and injector.rank:
+                injector.reach("save event", json.loads(content)["step"])
+        append(self, content)
+
+    Saver.save, Sums.write, Ledger._append = handed_over, torn_write, torn_append
 
 
 def _hook_loader(injector: Injector) -> None:
@@ -194,12 +217,21 @@ def _hook_loader(injector: Injector) -> None:
 
 
 def _record_samples(injector: Injector) -> None:
-    """Which samples a committed step was computed from, written after the optimizer has stepped."""
+    """Which samples a step was computed from, written after the optimizer has stepped; and where an attempt goes on."""
     from orchestrator.model.module import Classifier
+    from orchestrator.train.checkpoint import Checkpoint
 
-    compute, commit, ids = Classifier.training_step, Classifier.optimizer_step, []
+    compute, commit, load, ids = Classifier.training_step, Classifier.optimizer_step, Checkpoint.load_state, []
     path = injector.folder / "samples" / f"rank_{injector.rank}.jsonl"
     path.parent.mkdir(exist_ok=True)
+
+    def write(**facts: Any) -> None:
+        with open(path, "ab", buffering=0) as file:
+            file.write((json.dumps({"attempt": injector.attempt, **facts}) + "\n").encode())
+
+    def load_state(self: Checkpoint) -> Any:
+        write(goes_on_from=self.manifest["step"])
+        return load(self)
 
     def training_step(self: Classifier, batch: Any, batch_idx: int) -> Any:
         loss = compute(self, batch, batch_idx)
@@ -208,9 +240,8 @@ def _record_samples(injector: Injector) -> None:
 
     def optimizer_step(self: Classifier, *arguments: Any, **named: Any) -> None:
         commit(self, *arguments, **named)
-        line = json.dumps({"attempt": injector.attempt, "step": self.step, "ids": ids}) + "\n"
+        write(step=self.step, ids=ids)
         ids.clear()
-        with open(path, "ab", buffering=0) as file:
-            file.write(line.encode())
 
     Classifier.training_step, Classifier.optimizer_step = training_step, optimizer_step
+    Checkpoint.load_state = load_state
