@@ -241,4 +241,5 @@ def _tell_fault(running: Running, ended: Ended, by: str, phase: str | None = Non
         phase=phase or (sign.phase if sign else None),
         step=sign.step if step is None and sign else step,
         detected_by=by,
+        silent_s=round(time.monotonic() - sign.t, 3) if sign and by == "heartbeat" else 0.0,
     )

@@ -161,12 +161,21 @@ def bench_loaders() -> dict[str, object]:
     return bench()
 
 
+def bench_goodput() -> dict[str, object]:
+    """Goodput under a kill each 30, 60 and 120 s for three save intervals: simulated over measured costs."""
+    from tests.bench.goodput import bench
+
+    digits()
+    return bench()
+
+
 BENCHES = {
     "help": bench_help,
     "start": bench_start,
     "step": bench_step,
     "quickstart": bench_quickstart,
     "loaders": bench_loaders,
+    "goodput": bench_goodput,
 }
 
 
