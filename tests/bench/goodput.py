@@ -49,14 +49,12 @@ def costs_of(run: RunRecord) -> Costs:
     def per_event(kind: str, phase: str) -> float:
         return median([e["phases"].get(phase, 0.0) for e in events if e["kind"] == kind] or [0.0])
 
-    start = next(event for event in events if event["kind"] == "start")
-    first = next(event for event in events if event["kind"] == "first_step")
     return Costs(
-        steps=steps, world_size=len(run.ranks), import_s=start["phases"].get("import", 0.0),
-        start_s=start["phases"].get("start", 0.0) + first["phases"].get("start", 0.0),
+        steps=steps, world_size=len(run.ranks), import_s=per_event("start", "import"),
+        start_s=per_event("start", "start") + per_event("first_step", "start"),
         data_s=per_step("data_wait"), step_s=per_step("compute"), wait_s=per_step("communication_wait"),
         save_s=per_event("save", "checkpoint_stall"), eval_s=per_event("eval", "evaluation"),
-        eval_every=start["steps_per_epoch"], log_every=10, detect_s=0.05, pause_s=0.0,
+        eval_every=next(event["steps_per_epoch"] for event in events if event["kind"] == "start"), log_every=10, detect_s=0.05, pause_s=0.0,
     )  # fmt: skip
 
 
