@@ -54,7 +54,8 @@ def costs_of(run: RunRecord) -> Costs:
         start_s=per_event("start", "start") + per_event("first_step", "start"),
         data_s=per_step("data_wait"), step_s=per_step("compute"), wait_s=per_step("communication_wait"),
         save_s=per_event("save", "checkpoint_stall"), eval_s=per_event("eval", "evaluation"),
-        eval_every=next(event["steps_per_epoch"] for event in events if event["kind"] == "start"), log_every=10, detect_s=0.05, pause_s=0.0,
+        eval_every=next(event["steps_per_epoch"] for event in events if event["kind"] == "start"),
+        log_every=10, detect_s=0.05, pause_s=0.0,
     )  # fmt: skip
 
 
