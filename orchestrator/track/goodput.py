@@ -43,6 +43,11 @@ class Goodput:
         return sum(self.seconds.get(phase, 0.0) for phase in USEFUL) / self.wall_s if self.wall_s else 0.0
 
     @property
+    def busy_s(self) -> float:
+        """Wall time without idle."""
+        return self.wall_s - self.seconds.get("idle", 0.0)
+
+    @property
     def process_hours(self) -> float:
         return sum(self.process_s.values()) / 3600
 

@@ -64,6 +64,8 @@ def spent(run: RunRecord) -> dict[str, Any] | None:
         "priced": came.cost is not None,
         "goodput": percent(came.value, 1),
         "wall": duration(came.wall_s),
+        "busy": duration(came.busy_s) if came.seconds.get("idle") else "",
+        "busy_goodput": percent(share(came.value * came.wall_s, came.busy_s), 1),
         "from": moment(timeline.began),
         "to": moment(timeline.ended),
         "shortened": scale.shortened,
@@ -77,7 +79,7 @@ def rows(came: Goodput, currency: str) -> list[dict[str, str]]:
     found = [_row(came, phase, currency) for phase in order]
     total = {"phase": "", "name": "wall time", "meaning": "", "seconds": duration(came.wall_s), "share": "100.0 %"}
     cost = came.total_cost
-    money = "" if cost is None else f"{cost:,.4g} {currency}"
+    money = "" if cost is None else f"{_money(cost)} {currency}"
     return [*found, {**total, "process_hours": f"{came.process_hours:.3g}", "cost": money}]
 
 
@@ -91,8 +93,12 @@ def _row(came: Goodput, phase: str, currency: str) -> dict[str, str]:
         "seconds": duration(came.seconds[phase]),
         "share": percent(share(came.seconds[phase], came.wall_s), 1),
         "process_hours": f"{came.process_s.get(phase, 0.0) / 3600:.3g}",
-        "cost": "" if cost is None else f"{cost:,.4g} {currency}",
+        "cost": "" if cost is None else f"{_money(cost)} {currency}",
     }
+
+
+def _money(amount: float) -> str:
+    return f"{amount:,.2f}" if amount >= 1 else f"{amount:.4f}"
 
 
 def _fault(fault: dict[str, Any], scale: Scale) -> dict[str, Any]:
