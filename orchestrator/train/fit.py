@@ -43,7 +43,7 @@ from orchestrator.train.preflight import Sets, class_names, open_sets, total_ste
 from orchestrator.train.process import Rank, choose_device, join_group, prepare_arithmetic
 from orchestrator.train.progress import Progress, open_progress
 from orchestrator.train.requests import Requests
-from orchestrator.train.resume import claim, resume_point
+from orchestrator.train.resume import claim, open_mirror, resume_point
 from orchestrator.train.saver import Saver
 from orchestrator.train.signals import StopFlag
 from orchestrator.train.trainer import build_trainer
@@ -51,6 +51,8 @@ from orchestrator.train.virtual_choice import agree_on_virtual_ranks
 from orchestrator.train.waiting import PeerWait
 from orchestrator.world import World
 
+MIRROR_S = 300.0
+"""What the end of a run waits for the store of its checkpoints."""
 STOP_MIRROR_S = 5.0
 """What W&B may cost when the run was asked to stop."""
 
@@ -107,7 +109,8 @@ def _assemble(bundle: Bundle, rank: Rank, clock: PhaseClock, flag: StopFlag) -> 
     config, world = bundle.config, rank.world
     sets = open_sets(config)
     plan = sets.plan(config)
-    saver = Saver(config.checkpointing, rank, claim(bundle, rank))
+    fence = claim(bundle, rank)
+    saver = Saver(config.checkpointing, rank, fence, open_mirror(bundle, fence))
     found = resume_point(bundle, rank, sets)
     virtual_ranks = agree_on_virtual_ranks(bundle, rank, found.manifest if found else {})
     plan.require_fits(virtual_ranks or world.world_size, config.recipe.accumulate)
@@ -265,7 +268,7 @@ def _train(job: Job, parts: Parts, resumed: TrainState | None) -> None:
         parts.progress.stop()
     parts.heartbeat.enter("save", module.step)
     with parts.clock.phase("checkpoint_stall"):
-        parts.saver.wait()
+        parts.saver.wait(MIRROR_S if border.stop_code is None else min(MIRROR_S, job.config.cluster.grace_s / 2))
     parts.heartbeat.enter("end", module.step)
     parts.ledger.write("trained", step=module.step, phases=parts.clock.take())
     parts.clock.rest = "finish"

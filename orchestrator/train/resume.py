@@ -13,6 +13,7 @@ from orchestrator.errors import CheckpointError
 from orchestrator.plain import to_dict
 from orchestrator.train.checkpoint import Checkpoint, newest, read_checkpoint, set_aside, step_folder
 from orchestrator.train.fence import Fence
+from orchestrator.train.mirror import StoreMirror
 from orchestrator.train.preflight import Sets, total_steps
 from orchestrator.train.process import Rank
 
@@ -27,6 +28,19 @@ def checkpoints_of(bundle: Bundle) -> Path:
 def claim(bundle: Bundle, rank: Rank) -> Fence | None:
     """From now on no earlier attempt changes the checkpoints; for the first rank."""
     return Fence(checkpoints_of(bundle), rank.attempt) if rank.world.is_first else None
+
+
+def open_mirror(bundle: Bundle, fence: Fence | None) -> StoreMirror | None:
+    """Claim the mirror, and get its newest checkpoint where none as new is here; for the first rank."""
+    settings, root = bundle.config.checkpointing, checkpoints_of(bundle)
+    if fence is None or settings.mirror is None:
+        return None
+    mirror = StoreMirror(f"{settings.mirror.rstrip('/')}/{bundle.run_id}", settings, fence)
+    found = newest(root, NEEDED)
+    mirror.bring(found.step if found else -1)
+    if found:
+        mirror.offer()
+    return mirror
 
 
 def resume_point(bundle: Bundle, rank: Rank, sets: Sets) -> Checkpoint | None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.config import CheckpointingConfig
+from orchestrator.errors import CheckpointError
 from orchestrator.train.fence import Fence
 from orchestrator.train.process import Rank
 from orchestrator.train.retention import prune
@@ -30,11 +31,16 @@ class Mirror(Protocol):
     held: frozenset[str]
     """Names of folders that it is reading."""
 
-    def offer(self, folder: Path) -> None:
+    @property
+    def error(self) -> CheckpointError | None:
+        """A newer writer has taken it over."""
+        ...
+
+    def offer(self) -> None:
         """A checkpoint was sealed."""
 
-    def finish(self) -> None:
-        """Wait until the last one offered is there. Raises TransientError where it cannot be brought there."""
+    def finish(self, limit_s: float) -> None:
+        """Wait until the last one offered is there. Raises TransientError where it cannot be brought there in time."""
 
     def close(self) -> None: ...
 
@@ -105,14 +111,25 @@ class Saver:
     def check(self) -> None:
         """Raise what the writer met since the last call, if anything."""
         error, self._error = self._error, None
+        error = error or (self._mirror.error if self._mirror else None)
         if error is not None:
             raise error
 
-    def wait(self) -> None:
-        """Return when the last save is durable, here and in the mirror. Raises what stood in the way."""
+    def wait(self, mirror_s: float) -> None:
+        """Return when the last save is durable, here and in the mirror, which may take `mirror_s`.
+
+        Raises what stood in the way.
+        """
         self._join()
         if self._mirror is not None:
-            self._mirror.finish()
+            self._mirror.finish(mirror_s)
+
+    def settle(self) -> None:
+        """Return on all ranks when no save is under way on the first one, whatever it met; collective."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._rank.control is not None:
+            dist.barrier(group=self._rank.control)
 
     def close(self) -> None:
         """End without an error of its own: another one may be on its way."""
@@ -150,7 +167,7 @@ class Saver:
             folder = write_checkpoint(self._fence, state, ranks, manifest)
             told(Saved(manifest["step"], folder, time.perf_counter() - began))
             if self._mirror is not None:
-                self._mirror.offer(folder)
+                self._mirror.offer()
             prune(self._fence, self._settings, self._mirror.held if self._mirror else frozenset())
         except BaseException as error:  # raised in the thread that trains, at its next border
             self._error = error
