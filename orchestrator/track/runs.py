@@ -110,10 +110,10 @@ def history(events: Iterable[Event]) -> list[Event]:
 
 
 def resumed_step(first: Event) -> float:
-    """The step at which an attempt went on, by its first event: a `start` at s, or something done in a later step."""
+    """The step at which an attempt went on, by its first event: its begin at s, or something done in a later step."""
     if "step" not in first:
         return math.inf
-    return first["step"] if first["kind"] == "start" else first["step"] - 1
+    return first["step"] if first["kind"] in ("start", "wandb") else first["step"] - 1
 
 
 def series(events: Iterable[Event], kind: str, key: str) -> tuple[list[float], list[float]]:

@@ -177,13 +177,14 @@ def _wire(
     folder = job.bundle.folder
     progress = open_progress(rank.terminal) if world.is_first else Progress()
     recorder = Recorder(job.bundle, rank, clock, sets.train.digest, span.steps_per_epoch)
+    ledger = Ledger(folder, world.rank, rank.attempt)
     return Parts(
         module=module,
         ema=ema,
         loader=train_loader(job.plan, train, config.recipe.accumulate, steps, rank.device),
         evaluate=partial(_evaluate, job, module, ema, flag),
-        ledger=Ledger(folder, world.rank, rank.attempt),
-        tracker=_open_tracker(job, progress) if world.is_first else NullTracker(),
+        ledger=ledger,
+        tracker=_open_tracker(job, progress, ledger) if world.is_first else NullTracker(),
         progress=progress,
         clock=clock,
         peers=PeerWait(rank.device),
@@ -199,17 +200,20 @@ def _wire(
     )
 
 
-def _open_tracker(job: Job, progress: Progress) -> Tracker:
+def _open_tracker(job: Job, progress: Progress, ledger: Ledger) -> Tracker:
     bundle, config = job.bundle, job.config
+
+    def tell(url: str) -> None:
+        ledger.write("wandb", step=job.span.first_step, url=url)
+        progress.say(f"W&B run: {url}")
+
     facts = {
         **to_dict(config),
         "run_id": bundle.run_id,
         "config_hash": bundle.config_hash,
         "data_digests": job.sets.facts(),
     }
-    return wandb.start(
-        config.tracking, bundle.folder, bundle.run_id, config.name, facts, lambda url: progress.say(f"W&B run: {url}")
-    )
+    return wandb.start(config.tracking, bundle.folder, bundle.run_id, config.name, facts, tell)
 
 
 def _evaluate(job: Job, module: Classifier, ema: ExponentialMovingAverage | None, flag: StopFlag) -> Evaluation:
