@@ -600,6 +600,7 @@ MAY_CHANGE = (
     "data.num_workers",
     "data.prefetch_batches",
     "data.cache_gib",
+    "recipe.on_nan",
     "compute.num_processes",
     "compute.device",
     "compute.threads_per_process",

@@ -214,7 +214,7 @@ def test_plain_values_go_through_the_schema_and_back_unchanged(plain: dict[str, 
 def test_the_keys_that_may_change_between_attempts_are_stated_once_and_are_few() -> None:
     assert set(MAY_CHANGE) == {
         "cluster", "tracking", "checkpointing", "runs_dir", "data_dir", "eval_batch_size", "data.num_workers",
-        "data.prefetch_batches", "data.cache_gib", "compute.num_processes", "compute.device",
+        "data.prefetch_batches", "data.cache_gib", "recipe.on_nan", "compute.num_processes", "compute.device",
         "compute.threads_per_process", "compute.master_port", "compute.max_time_s", "compute.check_ranks_every_steps",
     }  # fmt: skip
     assert set(MAY_CHANGE) <= {*GROUPS, *leaf_keys()}

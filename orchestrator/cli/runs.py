@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 EPILOG = """examples:
   orchestrator train experiment=quickstart
   orchestrator train data=cifar10 model=cifar_resnet20 recipe.epochs=20 compute.num_processes=2 tracking=online
+  orchestrator train experiment=imagenet_resnet50 --canary
 
 The same command again resumes the run, or says that it is finished."""
 

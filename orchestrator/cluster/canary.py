@@ -23,7 +23,7 @@ from orchestrator.cluster.local import num_processes, run_attempts
 from orchestrator.config import RunConfig
 from orchestrator.data.index import Shard, ShardIndex
 from orchestrator.data.verify import require_readable
-from orchestrator.errors import EXIT_DONE, EXIT_USER, OrchestratorError
+from orchestrator.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USER, OrchestratorError
 from orchestrator.files import disk_errors, read_json, write_json
 from orchestrator.options import TrackingMode
 from orchestrator.train import checkpoint
@@ -34,6 +34,7 @@ from orchestrator.world import read_world
 
 STEPS = 3
 SERVER_TIMEOUT_S = 3.0
+INTERRUPTED = {EXIT_INTERRUPTED, EXIT_TERMINATED}
 DECODED = 16
 """Images of each shard that is looked into."""
 PARTS = {
@@ -90,6 +91,8 @@ def examine(bundle: Bundle) -> Iterator[Check]:
             yield Check(name, state, text, round(now - began, 3))
             began = now
     except _Failed as failed:
+        if failed.exit_code in INTERRUPTED:
+            shutil.rmtree(scratch, ignore_errors=True)
         kept = f". Kept: {scratch}" if scratch.exists() else ""
         yield Check(failed.name, "fail", failed.found + kept, round(time.monotonic() - began, 3), failed.exit_code)
         return

@@ -97,6 +97,7 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
         ("Processes", world_size),
         ("Attempts", max(run.result.get("attempts") or 0, len(attempts(run))) or None),
         ("Throughput", f"{speeds[len(speeds) // 2]:,.0f} images/s" if speeds else None),
+        ("Steps left out, not finite", max((e.get("train/skipped_steps", 0) for e in run.events), default=0) or None),
     ]
     return [(name, str(text)) for name, text in rows if text is not None]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from orchestrator.errors import NodeError
+from orchestrator.errors import DeviceError, NodeError
 from orchestrator.train.process import Rank
 
 CPU_CHUNK, GPU_CHUNK = 1 << 15, 1 << 24
@@ -34,24 +34,27 @@ class Divergence:
 class RankCheck:
     """Compares the ranks every so many steps, and whenever a checkpoint is about to be written."""
 
-    def __init__(self, every_steps: int, rank: Rank):
-        """`every_steps`: 0 never compares."""
-        self._every, self._rank = every_steps, rank
+    def __init__(self, every_steps: int, rank: Rank, settle: Callable[[], None]):
+        """`every_steps`: 0 never compares. `settle` lets a save end that is under way; collective."""
+        self._every, self._rank, self._settle = every_steps, rank, settle
         self._equal_at: int | None = None
 
     def due(self, step: int, saves: bool) -> bool:
         return bool(self._every and self._rank.control is not None and (saves or step % self._every == 0))
 
     def require_equal(self, tensors: Mapping[str, torch.Tensor], step: int) -> None:
-        """Raise NodeError on all ranks where one holds other bits; collective."""
+        """Raise NodeError on all ranks where one holds other bits, DeviceError on that one; collective."""
         table = self._gather(torch.stack([hash_bits(tensor) for tensor in tensors.values()]).cpu())
         found = find_divergence(table, list(tensors))
         if found is None:
             self._equal_at = step
             return
-        if self._rank.world.rank not in found.ranks:
+        self._settle()
+        is_suspect = self._rank.world.rank in found.ranks
+        if not is_suspect:
             time.sleep(SUSPECTS_FIRST_S)
-        raise NodeError(describe(found, len(table), step, self._equal_at))
+        kind = DeviceError if is_suspect and len(found.ranks) < len(table) else NodeError
+        raise kind(describe(found, len(table), step, self._equal_at))
 
     def _gather(self, hashes: torch.Tensor) -> list[list[int]]:
         gathered = [torch.empty_like(hashes) for _ in range(self._rank.world.world_size)]

@@ -193,7 +193,7 @@ def _wire(
         heartbeat=rank.heartbeat,
         saver=saver,
         manifest=_manifest(job),
-        finite=Bookkeeper(module, rank, sets.train, folder),
+        finite=Bookkeeper(module, rank, sets.train, folder, saver.settle),
         recorder=recorder if world.is_first else None,
         num_samples=sets.train.num_samples,
         lost=0,

@@ -80,7 +80,7 @@ class StepBorder(pl.Callback):
         self.last: Evaluation | None = None
         self.pace = Pace(parts.clock, parts.module.step)
         self.saved_at = time.monotonic()
-        self.ranks = RankCheck(parts.module.config.compute.check_ranks_every_steps, rank)
+        self.ranks = RankCheck(parts.module.config.compute.check_ranks_every_steps, rank, parts.saver.settle)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.resumed is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +46,10 @@ class BadStep:
 class Bookkeeper:
     """Looks at what the watch of the module has judged; one per rank."""
 
-    def __init__(self, module: Classifier, rank: Rank, index: ShardIndex, folder: Path):
+    def __init__(self, module: Classifier, rank: Rank, index: ShardIndex, folder: Path, settle: Callable[[], None]):
+        """`settle` lets a save end that is under way, so that an end loses no good step; collective."""
         self._module, self._rank, self._index, self._folder = module, rank, index, folder
+        self._settle = settle
 
     def look(self, is_border: bool) -> list[BadStep]:
         """The bad steps since the last look; collective where there is one.
@@ -69,6 +71,7 @@ class Bookkeeper:
     def require_finite_weights(self, step: int) -> None:
         """Refuse to save what no step can go on from: a finite gradient may have been too much for a finite weight."""
         if not bool(has_finite_weights(self._module.net)):
+            self._settle()
             raise self._error(f"the weights are not finite after step {step}")
 
     def facts(self, bad: BadStep) -> dict[str, Any]:
@@ -104,6 +107,7 @@ class Bookkeeper:
         return gathered
 
     def _end(self, bad: BadStep) -> None:
+        self._settle()
         if self._rank.world.rank not in bad.ranks:
             time.sleep(SUSPECTS_FIRST_S)
         watch = self._module.watch

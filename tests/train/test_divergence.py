@@ -121,6 +121,17 @@ class TestRuns:
         again = cli("train", *run, f"compute.check_ranks_every_steps={every}")
         assert again.code == 0, again.err
 
+    def test_one_of_three_ranks_is_named_and_speaks_first(
+        self, cli: Cli, run: tuple[str, ...], saboteur: Saboteur
+    ) -> None:
+        three = ("compute.num_processes=3", "compute.virtual_ranks=off", "compute.check_ranks_every_steps=1")
+        saboteur.arm("flip", 2, 3)
+        answer = cli("train", *run, *three, "cluster.max_restarts=0")
+        assert saboteur.fired
+        assert answer.code == 44, answer.err
+        told = "error: rank 2: rank 2 holds other weights than the other 2 ranks at step 3 (equal at step 2)"
+        assert answer.last_line().startswith(told)
+
     def test_ranks_that_compute_the_same_are_never_accused(self, cli: Cli, run: tuple[str, ...]) -> None:
         answer = cli("train", *run, "compute.check_ranks_every_steps=1", "recipe.ema_decay=0.9", "optimizer=adamw")
         assert answer.code == 0, answer.err

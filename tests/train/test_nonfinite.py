@@ -116,6 +116,19 @@ def test_bad_steps_are_left_out_with_equal_bits_for_one_and_two_processes_and_ov
     assert same["state_sha256"] == clean["state_sha256"]
 
 
+def test_a_run_that_ended_so_goes_on_where_it_was_once_it_may_leave_steps_out(
+    cli: Cli, run: tuple[str, ...], saboteur: Saboteur
+) -> None:
+    saboteur.arm("white", 0, 0)
+    assert cli("train", *run, "seed=3").code == 42
+    last = saved_steps(run_folder(cli))[-1]
+    resumed = cli("train", *run, "seed=3", "recipe.on_nan=skip")
+    whole = require_done(cli("train", *run, "seed=3", "recipe.on_nan=skip", "runs_dir=whole"))
+    assert f"resuming at step {last} of 6" in resumed.err
+    assert require_done(resumed)["state_sha256"] == whole["state_sha256"]
+    assert "left out by recipe.on_nan=skip: the loss of rank" in resumed.err
+
+
 def test_a_step_that_is_left_out_changes_nothing_but_the_step(
     cli: Cli, run: tuple[str, ...], saboteur: Saboteur
 ) -> None:
