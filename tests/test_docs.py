@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.compose import compose
+from orchestrator.config import MAY_CHANGE
+
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
@@ -18,9 +21,15 @@ SHORT = {"orchestrator train experiment=quickstart recipe.epochs=2": ["max_steps
 """What the test adds so that a command takes seconds."""
 
 
+RELIABILITY = ROOT / "docs" / "reliability.md"
+
+
+def lines_of(path: Path) -> list[str]:
+    return [line for block in BLOCK.findall(path.read_text()) for line in block.splitlines() if line.strip()]
+
+
 def readme_commands() -> list[str]:
-    blocks = BLOCK.findall((ROOT / "README.md").read_text())
-    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    return [line.split("  #")[0].strip() for line in lines_of(ROOT / "README.md")]
 
 
 def photos(folder: Path) -> None:
@@ -62,3 +71,39 @@ def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path: Path) -> N
         arguments += SHORT.get(command, [])
         done = subprocess.run([BIN / program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_commands_of_the_page_on_reliability_end_with_the_codes_that_it_says(tmp_path: Path) -> None:
+    for line in lines_of(RELIABILITY):
+        said = re.search(r"exit code (\d+)", line)
+        program, *arguments = shlex.split(line, comments=True)
+        done = subprocess.run([BIN / program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == (int(said[1]) if said else 0), f"{line}:\n{done.stdout}\n{done.stderr}"
+
+
+def test_the_page_on_reliability_names_targets_and_keys_that_there_are() -> None:
+    text = RELIABILITY.read_text()
+    for target in re.findall(r"`make ([a-z-]+)`", text):
+        subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, check=True)
+    listed = next(line for line in text.splitlines() if line.startswith("**What may change"))
+    told = set(re.findall(r"`([a-z_.]+)`", listed))
+    assert {key.removeprefix("compute.") for key in MAY_CHANGE} | {"compute"} == told
+
+
+def test_the_page_on_reliability_states_the_defaults_of_the_configuration() -> None:
+    config = compose([], []).config
+    for keys, values in re.findall(r"^\| (`[a-z]+\..*?) \| (.*?) \|", RELIABILITY.read_text(), re.MULTILINE):
+        group, names = keys.strip("`").partition(".")[0], re.findall(r"`(?:[a-z]+\.)?([a-z_]+)`", keys)
+        shown = [value.strip(" `") for value in values.split(",")]
+        for name, value in zip(names, shown, strict=True):
+            found = getattr(getattr(config, group), name)
+            assert value == words_of(found), f"{group}.{name}"
+
+
+def words_of(value: object) -> str:
+    """A default as the page writes it."""
+    if value is None or isinstance(value, bool):
+        return "–" if value is None else str(value).lower()
+    return f"{value:g}" if isinstance(value, float | int) else str(getattr(value, "name", value))
