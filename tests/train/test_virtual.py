@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,33 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from test_module import CLASSES, SIDE, make_batch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from orchestrator.compose import compose
+from orchestrator.config import DataConfig
 from orchestrator.data.order import TrainPlan
 from orchestrator.data.stream import Split, _train_requests
 from orchestrator.errors import EXIT_USER, ConfigError
 from orchestrator.files import write_json
-from orchestrator.model.module import Span
+from orchestrator.model.module import Classifier, Span
 from orchestrator.train.exchange import TreeExchange
+from orchestrator.train.heartbeat import Heartbeat
+from orchestrator.train.process import Rank
 from orchestrator.train.slices import require_own_statistics
+from orchestrator.train.trainer import build_trainer
 from orchestrator.train.virtual import Choice, carry, choose, largest_world, levels, require_shareable, serving_worlds
 from orchestrator.train.virtual_choice import slices_of
+from orchestrator.world import ALONE
 
 POWERS = [1, 2, 4, 8, 16, 32, 64]
 PAIRS = [(virtual, world) for virtual, world in product(POWERS, POWERS) if world <= virtual]
+
+
+@cache
+def data_config() -> DataConfig:
+    return compose([]).config.data
 
 
 def meet(a: Any, b: Any) -> frozenset[Any]:
@@ -178,7 +191,7 @@ def test_a_process_reads_the_samples_of_its_virtual_ranks_slice_by_slice(
     virtual: int, world: int, accumulate: int
 ) -> None:
     plan = TrainPlan((40, 31, 40), 0, 30, 2)
-    config: Any = compose([]).config.data
+    config: Any = data_config()
 
     def read(world_size: int, rank: int) -> list[list[int]]:
         split = Split(None, config, 0, 4, rank, world_size, virtual // world_size)  # pyright: ignore[reportArgumentType]
@@ -256,3 +269,69 @@ def test_the_launcher_keeps_to_a_number_asked_for_or_to_what_the_run_has_noted(t
     write_json(tmp_path / "virtual_ranks.json", {"schema": 1, "virtual_ranks": 4})
     for asked, wanted in (("8", 8), ("auto", 4), ("off", None)):
         assert slices_of(asked, tmp_path) == wanted
+
+
+class Broken:
+    """A group whose other process is gone, and a bucket of gradients."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 2
+
+    def allreduce(self, *_: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    def parameters(self) -> list[torch.Tensor]:
+        return []
+
+    gradients = parameters
+
+    def buffer(self) -> torch.Tensor:
+        return torch.ones(3)
+
+
+def test_a_failed_exchange_ends_the_wait_for_it_and_is_told_once() -> None:
+    broken: Any = Broken()
+    exchange = TreeExchange(broken, lambda parameters, gradients: None)
+    exchange.hook(broken).wait()
+    exchange.hook(broken).wait()
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        exchange.require_whole()
+    exchange.require_whole()
+
+
+class Counting(nn.Module):
+    """Adds up in a buffer, which its output depends on, how many batches it has seen."""
+
+    seen: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.head = nn.Linear(3 * SIDE**2, CLASSES)
+        self.starts: list[float] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.starts.append(float(self.seen))
+        self.seen += 1
+        return self.head(images.flatten(1)) * (1 + self.seen)
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*barebones.*")
+@pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_each_slice_starts_from_the_buffers_that_the_first_one_left_in_the_step_before(accumulate: int) -> None:
+    virtual, steps = 4, 3
+    net = Counting()
+    config = compose(["recipe.warmup_epochs=0", f"recipe.accumulate={accumulate}", "compute.virtual_ranks=4"]).config
+    module = Classifier(net, config, Span(0, steps, steps, 0, 1, virtual))
+    rank = Rank(ALONE, torch.device("cpu"), 1, sys.stderr, None, Heartbeat())
+    batches = [make_batch(range(3), 3 * virtual * accumulate) for _ in range(steps * virtual * accumulate)]
+    build_trainer(module, rank, []).fit(module, train_dataloaders=DataLoader(batches, batch_size=None))  # pyright: ignore[reportArgumentType]
+    of_a_slice = [[step * accumulate + part for part in range(accumulate)] for step in range(steps)]
+    assert net.starts == [start for starts in of_a_slice for _ in range(virtual) for start in starts]
+    assert net.seen == steps * accumulate

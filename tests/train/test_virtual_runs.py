@@ -132,7 +132,6 @@ def test_eight_processes_then_four_two_one_and_eight_end_like_any_undisturbed_nu
     assert history(cli.cwd / "runs" / result["run_id"]) == history(next((cli.cwd / "world1").iterdir()))
 
 
-@pytest.mark.slow
 def test_without_virtual_ranks_two_three_and_one_processes_see_the_same_samples_and_end_close(
     cli: Cli, elaborate: tuple[str, ...], saboteur: Saboteur
 ) -> None:
