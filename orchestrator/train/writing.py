@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any, cast
 
 import torch
 
+from orchestrator.errors import NodeError
 from orchestrator.files import disk_errors, sync_folder
 from orchestrator.train.checkpoint import (
     EMA,
@@ -74,7 +76,7 @@ def write_checkpoint(fence: Fence, state: TrainState, ranks: Iterable[bytes], ma
     a reader needs. Raises NodeError on a full disk, CheckpointError where a newer attempt has the folder.
     """
     root, step = fence.root, manifest["step"]
-    with disk_errors(root), fence.holding():
+    with disk_errors(root), _unfit(root), fence.holding():
         made = fence.make(step_folder(step))
         try:
             _write_into(made, state, ranks, manifest)
@@ -83,6 +85,20 @@ def write_checkpoint(fence: Fence, state: TrainState, ranks: Iterable[bytes], ma
             shutil.rmtree(made, ignore_errors=True)  # half of it would keep a full disk full
         point_to(fence, step)
     return root / made.name
+
+
+@contextmanager
+def _unfit(root: Path) -> Iterator[None]:
+    """A disk that was written to and now refuses is the node's fault, not the user's."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EIO, errno.ESTALE):
+            raise
+        raise NodeError(
+            f"{root}: cannot be written any more ({error.strerror}). Way out: mend the disk, or go on from another "
+            "node; the checkpoints before this one are untouched"
+        ) from error
 
 
 def _write_into(folder: Path, state: TrainState, ranks: Iterable[bytes], manifest: Mapping[str, Any]) -> None:
