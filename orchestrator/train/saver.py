@@ -115,6 +115,10 @@ class Saver:
         if error is not None:
             raise error
 
+    @property
+    def is_writing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self, mirror_s: float) -> None:
         """Return when the last save is durable, here and in the mirror, which may take `mirror_s`.
 

@@ -192,3 +192,11 @@ def main(names: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+def bench_checkpoint() -> dict[str, object]:
+    """Seconds that a save blocks a step: beside training against at once, 1 MB and 200 MB, a fast and a slow target."""
+    from tests.bench.checkpoint import bench
+
+    return bench()
+
+
+    "checkpoint": bench_checkpoint,
