@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.cli.console import note, print_json
+from orchestrator.config import MAY_CHANGE
 from orchestrator.errors import EXIT_DONE
 
 if TYPE_CHECKING:
@@ -20,15 +22,18 @@ EPILOG = """examples:
   orchestrator train data=cifar10 model=cifar_resnet20 recipe.epochs=20 compute.num_processes=2 tracking=online
   orchestrator train experiment=imagenet_resnet50 --canary
 
-The same command again resumes the run, or says that it is finished."""
+The same command again resumes the run, or says that it is finished. Other values are another run, except of these
+keys, which may change from one attempt to the next:
+{may_change}"""
 
 
 def add_to(subparsers: Any) -> None:
+    keys = fill(", ".join(MAY_CHANGE), 116, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     parser = subparsers.add_parser(
         "train",
         help="train a model, or go on where the same run stopped",
         usage="orchestrator train [group=choice ...] [key=value ...] [--flag]",
-        epilog=EPILOG,
+        epilog=EPILOG.format(may_change=keys),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_config_flags(parser)
