@@ -87,6 +87,42 @@ def bench_step() -> dict[str, float]:
     }
 
 
+def bench_virtual() -> dict[str, dict[str, object]]:
+    """A step of DDP with the tree of virtual ranks, one per process, against plain DDP; bytes against a ring."""
+    sizes = (("cifar_resnet20", 2), ("resnet18", 2), ("resnet18", 4))
+    return {f"{model}, {processes} processes": exchange_pairs(model, processes) for model, processes in sizes}
+
+
+def exchange_pairs(model: str, processes: int) -> dict[str, object]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "pairs.json"
+        run(
+            BIN / "torchrun",
+            "--standalone",
+            "--nproc-per-node",
+            processes,
+            "-m",
+            "tests.bench.virtual_pairs",
+            model,
+            out,
+        )
+        found = json.loads(out.read_text())
+    rounds = found["rounds"]
+    ratios = sorted(one["tree"] / one["plain"] for one in rounds)
+    steps = {kind: statistics.median(one[kind] for one in rounds) for kind in ("plain", "tree", "alone")}
+    # Two processes leave the exchange to an all-reduce of the same bytes.
+    ring = found["bytes"] * (1 if processes == 2 else 2 * (processes - 1) / processes)
+    seen = statistics.median(one["tree"] - one["alone"] for one in rounds)
+    return {
+        **{f"{kind}_step_s": round(seconds, 4) for kind, seconds in steps.items()},
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_quartiles": [round(ratios[len(ratios) // 4], 3), round(ratios[-len(ratios) // 4], 3)],
+        "bytes_against_a_ring": round(found["sent"] / ring, 3),
+        "exchange_s": round(found["busy_s"], 4),
+        "exchange_that_a_step_sees_s": round(seen, 4),
+    }
+
+
 def record_of(options: tuple[str, ...], folder: str) -> Path:
     """Freeze a run without starting it."""
     from orchestrator.bundle import freeze, write_bundle
@@ -169,12 +205,21 @@ def bench_goodput() -> dict[str, object]:
     return bench()
 
 
+def bench_checkpoint() -> dict[str, object]:
+    """Seconds that a save blocks a step: beside training against at once, 1 MB and 200 MB, a fast and a slow target."""
+    from tests.bench.checkpoint import bench
+
+    return bench()
+
+
 BENCHES = {
     "help": bench_help,
     "start": bench_start,
     "step": bench_step,
+    "virtual": bench_virtual,
     "quickstart": bench_quickstart,
     "loaders": bench_loaders,
+    "checkpoint": bench_checkpoint,
     "goodput": bench_goodput,
 }
 
@@ -192,11 +237,3 @@ def main(names: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
-def bench_checkpoint() -> dict[str, object]:
-    """Seconds that a save blocks a step: beside training against at once, 1 MB and 200 MB, a fast and a slow target."""
-    from tests.bench.checkpoint import bench
-
-    return bench()
-
-
-    "checkpoint": bench_checkpoint,
