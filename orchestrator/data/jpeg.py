@@ -39,13 +39,20 @@ class Window(NamedTuple):
 
 
 def parse_jpeg(data: bytes) -> JpegHeader | None:
-    """The header of a plain JPEG (8 bits, gray or three components, upright); None for any other file."""
-    if data[:2] != b"\xff\xd8" or b"\xff\xd9" not in data[-66:]:
+    """The header of a plain JPEG (8 bits, gray or three components, upright) that has its end; None for any other."""
+    return parse_start(data) if b"\xff\xd9" in data[-66:] else None
+
+
+def parse_start(data: bytes) -> JpegHeader | None:
+    """The same of a file whose first bytes are known; None also where they end within the header."""
+    if data[:2] != b"\xff\xd8":
         return None
     at, size_at, frame, interval, sequential = 2, 0, None, 0, True
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         segment = data[at + 4 : at + 2 + length]
+        if len(segment) < length - 2:
+            return None
         if SOF0 <= marker <= SOF2:
             frame, size_at, sequential = _parse_frame(segment), at + 5, marker != SOF2
         elif marker == DRI:

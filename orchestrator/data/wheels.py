@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from orchestrator.data.jpeg import JpegHeader, cut_window, end_early, parse_jpeg
+from orchestrator.data.jpeg import JpegHeader, cut_window, end_early, parse_jpeg, parse_start
 from orchestrator.data.kernel import DONE, OTHER, SHORT_READ, read_job
 from orchestrator.data.transforms import Views, show
 from orchestrator.options import Interpolation
 
+HEADER_READ = 4096
 MARGIN = 4
 """Pixels around a region that the upsampling filter of the chroma planes reaches."""
 
@@ -22,7 +23,7 @@ class WheelDecoder:
     def sizes(self, jobs: np.ndarray, max_pixels: int) -> None:
         """Fill in width and height of each job; 0 where the image must be decoded otherwise."""
         for job in jobs:
-            header = parse_jpeg(read_job(job))
+            header = parse_start(read_job(job, HEADER_READ)) or parse_start(read_job(job))
             fits = header is not None and header.width * header.height <= max_pixels
             job["width"], job["height"] = (header.width, header.height) if header and fits else (0, 0)
 
