@@ -18,8 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator.compose import compose
-from orchestrator.errors import CheckpointError, NodeError
+from orchestrator.config import METRICS
+from orchestrator.errors import CheckpointError, ConfigError, NodeError
 from orchestrator.train import checkpoint, retention
+from orchestrator.train.evaluate import Evaluation
 from orchestrator.train.fence import Fence
 from orchestrator.train.state import TrainState
 from orchestrator.train.writing import write_checkpoint
@@ -181,6 +183,38 @@ def test_pruning_keeps_the_newest_and_the_best_through_a_whole_run(tmp_path: Pat
         kept = {best, step, max(1, step - 1)}
         assert {int(path.name[5:]) for path in tmp_path.glob("step_*")} == kept
     assert names(tmp_path) == ["latest.json", "step_00000005", "step_00000007", "step_00000008"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "keep_best", "kept"),
+    [("val/acc1", 2, {2, 5, 8}), ("val/acc1", 0, {8}), ("val/loss", 1, {4, 8}), ("val/loss", 3, {1, 4, 6, 8})],
+)
+def test_the_best_by_a_figure_stay_and_a_loss_is_better_when_it_is_smaller(
+    tmp_path: Path, metric: str, keep_best: int, kept: set[int]
+) -> None:
+    accuracies, losses = [0.1, 0.8, 0.3, 0.2, 0.9, 0.4, 0.4, 0.4], [0.2, 0.9, 0.8, 0.1, 0.7, 0.3, 0.5, 0.6]
+    for step, (acc1, loss) in enumerate(zip(accuracies, losses, strict=True), start=1):
+        fence = Fence(tmp_path, 1)
+        metrics = {"val/acc1": {"hits": 1, "count": 2, "value": acc1}, "val/loss": loss}
+        manifest = {"step": step, "metrics": metrics, "world_size": 1, "best_by": metric}
+        write_checkpoint(fence, make_state(), [b""], manifest)
+        fence.release()
+        prune(tmp_path, 1, keep_best, metric)
+    assert {int(path.name[5:]) for path in tmp_path.glob("step_*")} == kept
+    found = retention.best(tmp_path)
+    assert found is not None
+    assert found.step == {"val/acc1": 5 if keep_best else 8, "val/loss": 4}[metric]
+
+
+def test_the_config_knows_every_figure_of_an_evaluation() -> None:
+    judged = Evaluation(1, 2, 3, 0, 0.5, torch.eye(3, dtype=torch.int64), [], [])
+    assert tuple(judged.metrics()) == METRICS
+
+
+@pytest.mark.parametrize("metric", ["val/acc2", "acc1", "train/loss", ""])
+def test_a_figure_that_no_evaluation_gives_is_refused_with_those_that_it_does(metric: str) -> None:
+    with pytest.raises(ConfigError, match=r"checkpointing.metric = .*is no figure of an evaluation. Way out: "):
+        compose([f"checkpointing.metric='{metric}'"])
 
 
 def test_damaged_later_checkpoints_step_aside_and_do_not_count_as_newest(tmp_path: Path) -> None:
