@@ -212,6 +212,16 @@ def bench_checkpoint() -> dict[str, object]:
     return bench()
 
 
+def bench_recovery() -> dict[str, object]:
+    """Seconds from a kill to the next attempt's first step, by part, against torchrun; and what a step pays for it."""
+    from tests.bench import recovery
+
+    digits()
+    with tempfile.TemporaryDirectory() as folder:
+        border = run(BIN / "torchrun", "--standalone", "--nproc-per-node", 2, "-m", "tests.bench.border", folder)
+    return {**recovery.bench(), "border": json.loads(border)}
+
+
 BENCHES = {
     "help": bench_help,
     "start": bench_start,
@@ -221,6 +231,7 @@ BENCHES = {
     "loaders": bench_loaders,
     "checkpoint": bench_checkpoint,
     "goodput": bench_goodput,
+    "recovery": bench_recovery,
 }
 
 
