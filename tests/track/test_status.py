@@ -104,6 +104,7 @@ def test_records_of_an_earlier_version_are_told_as_far_as_they_go(
     MadeUpRun(state=state, epochs=2).write(tmp_path / "quickstart-0123abcd")
     assert main(["status", "--runs-dir", str(tmp_path)]) == 0
     assert main(["ls", "--runs-dir", str(tmp_path)]) == 0
+    assert main(["ls", f"runs_dir={tmp_path}"]) == 0
     assert "quickstart-0123abcd" in capsys.readouterr().out
 
 
