@@ -45,14 +45,16 @@ def find_late(signs: Mapping[int, Sign], config: ClusterConfig, now: float | Non
     """The late ranks if the group hangs, the likeliest culprit first.
 
     All ranks beat at the same places, so the one with the fewest beats is where the others have been: it is judged
-    by the budget of its own phase, and those that wait for it are not judged.
+    by the budget of its own phase, and those that wait for it are not judged. Ranks that are level are judged once the
+    last of them is late: the first to fall silent may be waiting for it.
     """
     now = time.monotonic() if now is None else now
     fewest = min(sign.beats for sign in signs.values())
-    late = []
-    for rank, sign in signs.items():
-        key = BUDGET_KEYS[sign.phase]
-        silent_s = now - sign.t
-        if sign.beats == fewest and silent_s > getattr(config, key):
-            late.append(Late(rank, sign.phase, sign.step, silent_s, key))
-    return sorted(late, key=lambda found: (-found.silent_s, found.rank))
+    level = [
+        Late(rank, sign.phase, sign.step, now - sign.t, BUDGET_KEYS[sign.phase])
+        for rank, sign in signs.items()
+        if sign.beats == fewest
+    ]
+    if any(found.silent_s <= getattr(config, found.key) for found in level):
+        return []
+    return sorted(level, key=lambda found: (-found.silent_s, found.rank))

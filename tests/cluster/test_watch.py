@@ -47,6 +47,14 @@ def test_of_level_ranks_the_longest_silent_one_comes_first(config: ClusterConfig
     assert [late.rank for late in find_late(signs, config, NOW)] == [1, 0]
 
 
+def test_of_level_ranks_none_is_late_before_all_are_because_the_first_may_wait_for_the_last(
+    config: ClusterConfig,
+) -> None:
+    signs = {0: sign("step", config.hang_step_s + 0.2), 1: sign("step", config.hang_step_s - 0.1)}
+    assert find_late(signs, config, NOW) == []
+    assert len(find_late(signs, config, NOW + 0.2)) == 2
+
+
 def test_of_level_ranks_a_stopped_one_is_named_then_one_that_waits_for_nobody(config: ClusterConfig) -> None:
     late = find_late({0: sign("step", 600), 1: sign("step", 500), 2: sign("step", 500)}, config, NOW)
     waits = Stack(False, ("/x/torch/distributed/distributed_c10d.py:1 in all_reduce",))
