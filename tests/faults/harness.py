@@ -29,7 +29,13 @@ HISTORY = ("train/loss", "train/acc1", "train/acc5", "lr", "val/loss", "val/acc1
 EQUAL = ("run_id", "state", "step", "epoch", "state_sha256", "weights_sha256", "metrics")
 GONE_S = 10.0
 """How long the last process of a run may take to go."""
-PRELUDE = "import os; os.environ['TMPDIR'] = {temporary!r}; import injection; injection.take_over()\n"
+PRELUDE = """
+import os
+os.environ["TMPDIR"] = {temporary!r}
+import injection
+injection.hide_shared_memory()
+injection.take_over()
+"""
 
 
 class Bench:
@@ -82,7 +88,7 @@ class Bench:
         return {
             "process": {f"{pid} {line}" for pid, line in members.items() if "forkserver" not in line},
             "port": {port for pid in members for port in listening(pid)},
-            "shared memory": set(os.listdir("/dev/shm")),
+            "shared memory": set(os.listdir(f"/proc/{self.server.pid}/root/dev/shm")),
             "temporary file": {str(path) for path in self.temporary.rglob("*")},
         }
 
@@ -91,12 +97,19 @@ class Bench:
             now = self.belongings()
             found = [f"{kind} {name}" for kind in now for name in sorted(now[kind] - before[kind])]
             halves = [path for path in folder.glob("runs/**/*") if path.name.endswith(".tmp")]
-            return [item for item in found if not of_somebody_else(item)] + [str(path) for path in halves]
+            return [item for item in found if self.is_own(item)] + [str(path) for path in halves]
 
         until = time.monotonic() + GONE_S
         while (left := extra()) and time.monotonic() < until:
             time.sleep(0.1)
         return tuple(left)
+
+    def is_own(self, item: str) -> bool:
+        """Everything but a segment in a /dev/shm that is shared with others, where one of them may have left it."""
+        if not item.startswith("shared memory"):
+            return True
+        mine = Path(f"/proc/{self.server.pid}/root/dev/shm")
+        return mine.stat().st_dev != Path("/dev/shm").stat().st_dev or not of_somebody_else(mine / item.split()[-1])
 
     def close(self) -> None:
         self.server.close()
@@ -179,6 +192,24 @@ class Story:
                 attempts.setdefault(entry["attempt"], []).append(entry)
         return dict(sorted(attempts.items()))
 
+    def times(self) -> dict[str, float]:
+        """Seconds from the last strike until the launcher knew of it, and until a step was committed again."""
+        struck = max((proof["t"] for proof in self.struck()), default=0.0)
+        told = [event["t"] for event in self.faults() if event["t"] >= struck]
+        steps = [
+            event["t"] for rank in (0, 1) for event in read_events(self.run_folder, rank) if event["kind"] == "step"
+        ]
+        found = {"found_s": told, "again_s": [t for t in steps if told and t > max(told)]}
+        return {name: round(min(t for t in after if t >= struck) - struck, 2) for name, after in found.items() if after}
+
+    def faults(self) -> list[dict[str, Any]]:
+        """What the launcher says of each fault."""
+        return [event for event in self._launcher() if event["kind"] == "fault"]
+
+    def _launcher(self) -> list[dict[str, Any]]:
+        path = self.run_folder / "events" / "launcher.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
     def attempts(self) -> int:
         return len(list(self.run_folder.glob("logs/attempt_*")))
 
@@ -212,20 +243,17 @@ def listening(pid: int) -> list[str]:
     return [str(int(row[1].split(":")[1], 16)) for row in rows if row[3] == "0A" and row[9] in sockets]
 
 
-def of_somebody_else(item: str) -> bool:
-    """Whether a segment of shared memory is held by a living process, none of which here are ours by now."""
-    kind, _, name = item.rpartition(" ")
-    if kind != "shared memory":
-        return False
+def of_somebody_else(segment: Path) -> bool:
+    """Whether a living process holds a segment of shared memory, none of which here are ours by now."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if f"/dev/shm/{name}" in (folder / "maps").read_text():
+            if f"/dev/shm/{segment.name}" in (folder / "maps").read_text():
                 return True
-            if any(os.readlink(path) == f"/dev/shm/{name}" for path in (folder / "fd").iterdir()):
+            if any(os.readlink(path) == f"/dev/shm/{segment.name}" for path in (folder / "fd").iterdir()):
                 return True
         except OSError:
             continue
-    return not Path("/dev/shm", name).exists()
+    return not segment.exists()
 
 
 def start_cold(bench: Bench, folder: Path, more: Sequence[str] = ()) -> subprocess.Popen[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cells import FOUR, TWELVE, Cell, cells
+from cells import FOUR, HANGS, TWELVE, Cell, cells
 from harness import Bench, Story, require_each_sample_once
 
 RESULTS = "ORCHESTRATOR_FAULT_RESULTS"
@@ -28,6 +28,9 @@ def test_a_run_that_was_struck_ends_as_one_that_was_not(bench: Bench, cell: Cell
     assert len(story.struck()) == len(cell.strikes()), f"the fault did not fire\n{story.told()}"
     assert story.codes == cell.codes, story.told()
     assert story.attempts() == cell.attempts, story.told()
+    if cell.kind in HANGS:
+        (fault,) = story.faults()
+        assert (fault["detected_by"], fault["rank"]) == ("heartbeat", cell.rank), fault
     assert story.differences(bench.undisturbed) == []
     require_each_sample_once(story, bench.steps_per_epoch, bench.num_samples)
     assert story.leftovers == ()
@@ -48,6 +51,7 @@ def record(cell: Cell, story: Story, bench: Bench) -> None:
         "differences": story.differences(bench.undisturbed) if finished else ["not finished"],
         "leftovers": story.leftovers,
         "seconds": round(story.seconds, 1),
+        **story.times(),
     }
     Path(os.environ[RESULTS], f"{cell.name}.json").write_text(json.dumps(content))
 

@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[3]
 BIN = Path(sys.executable).parent
-HUNG_S = 120
+HUNG_S = 240
 NUM_SAMPLES = 239
 RANK, STEP, SAVED = 1, 17, 21
 PLACES = {"disk full": (0, "save", SAVED), "loader hang": (RANK, "loader", 70), "loader SIGKILL": (RANK, "loader", 70)}
