@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.bench.loaders import remote
 from tests.bench.loaders.behind import COLUMNS, PEERS, sentences
 from tests.bench.loaders.catalogue import LIMIT, LOADERS
 
@@ -67,3 +68,24 @@ def test_every_peer_and_column_is_looked_at() -> None:
     for name in PEERS:
         assert len(sentences(measured(**{name: figure(9000, 0.1, 1)}))) >= 5
     assert len({column.place for column in COLUMNS}) == len(COLUMNS)
+
+
+class FakeLoader:
+    """Fails from some round on."""
+
+    def __init__(self, good: int):
+        self._good = good
+
+    def round(self, number: int) -> dict[str, float]:
+        if number >= self._good:
+            raise RuntimeError("lost its store")
+        return {"cold_images_per_s": float(number), "warm_images_per_s": 10.0}
+
+
+def test_a_loader_that_fails_from_the_store_leaves_the_others_their_figures() -> None:
+    loaders: Any = {"ours": FakeLoader(9), "litdata": FakeLoader(0), "mosaic_io": FakeLoader(1)}
+    found = remote.measure(loaders)
+    assert found["ours"]["cold_images_per_s"] == (remote.TIMES - 1) / 2
+    assert found["ours"]["rounds"] == remote.TIMES
+    assert found["litdata"] == {"absent": "lost its store"}
+    assert found["mosaic_io"] == ({"absent": "lost its store"} if remote.TIMES > 1 else found["mosaic_io"])

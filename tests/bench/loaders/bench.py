@@ -24,7 +24,7 @@ OTHERS = [name for name in os.environ.get("LOADERS_OTHERS", "resume,remote").spl
 WARM_UP = 8
 WORKERS = (1, 2)
 LONGEST_S = 300
-OTHER_S = 600
+OTHER_S = 1800
 ALONE = {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONWARNINGS": "ignore"}
 
 Key = tuple[str, int]

@@ -18,7 +18,7 @@ from urllib.request import Request, urlopen
 
 WEED = Path(sys.executable).parent / "weed"
 BUCKET = "bench"
-START_S = 60
+START_S = 120
 FIXED = ("-s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=100", "-s3.port.iceberg=0", "-s3.port.lance=0")
 IDENTITIES = (
     {"name": "any", "credentials": [{"accessKey": "any", "secretKey": "any"}], "actions": ["Read", "Write", "List"]},
@@ -62,9 +62,10 @@ def store(folder: Path) -> Iterator[Store]:
     ports = {"master.port": master, "volume.port": volume, "filer.port": filer, "s3.port": s3, "metricsPort": metrics}
     options = [f"-dir={folder}", f"-s3.config={config}", *FIXED, *(f"-{name}={port}" for name, port in ports.items())]
     command = ["setpriv", "--pdeathsig", "KILL", str(WEED), "server", *options]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        yield Store(_bucket(url), f"http://127.0.0.1:{metrics}/metrics")
+        yield Store(_bucket(url, server, folder / "log"), f"http://127.0.0.1:{metrics}/metrics")
     finally:
         server.kill()  # it takes half a minute to end politely, and its files go away
         server.wait()
@@ -77,8 +78,8 @@ def _tell_where(url: str) -> None:
     }  # fmt: skip
 
 
-def _bucket(url: str) -> Any:
-    """A client once the server takes a bucket, which is some seconds after its start."""
+def _bucket(url: str, server: subprocess.Popen[bytes], log: Path) -> Any:
+    """A client once the server takes a bucket, which is some seconds after its start. Raises RuntimeError."""
     from obstore.store import S3Store
 
     deadline = time.monotonic() + START_S
@@ -86,9 +87,10 @@ def _bucket(url: str) -> Any:
         try:
             with urlopen(Request(f"{url}/{BUCKET}", method="PUT")):
                 return S3Store(BUCKET, client_options={"allow_http": True})
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
+        except OSError as error:
+            if server.poll() is not None or time.monotonic() > deadline:
+                said = log.read_text().strip().splitlines()[-1:]
+                raise RuntimeError(f"no store: {error}; SeaweedFS's last word: {said}") from error
             time.sleep(0.5)
 
 
