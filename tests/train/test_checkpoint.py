@@ -10,6 +10,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator.compose import compose
-from orchestrator.config import METRICS
+from orchestrator.config import METRICS, CheckpointingConfig
 from orchestrator.errors import CheckpointError, ConfigError, NodeError
 from orchestrator.train import checkpoint, retention
 from orchestrator.train.evaluate import Evaluation
@@ -50,10 +51,14 @@ def save(root: Path, step: int, acc1: float | None = None, state: TrainState | N
         fence.release()
 
 
+@cache
+def defaults() -> CheckpointingConfig:
+    return compose([]).config.checkpointing
+
+
 def prune(root: Path, keep_last: int, keep_best: int = 1, metric: str = "val/acc1") -> None:
     fence = Fence(root, 1)
-    settings = compose([f"checkpointing.keep_last={keep_last}", f"checkpointing.keep_best={keep_best}"])
-    retention.prune(fence, replace(settings.config.checkpointing, metric=metric))
+    retention.prune(fence, replace(defaults(), keep_last=keep_last, keep_best=keep_best, metric=metric))
     fence.release()
 
 
