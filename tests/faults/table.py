@@ -11,7 +11,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -34,14 +36,23 @@ def main() -> int:
 def render(results: list[dict[str, Any]]) -> str:
     """A row for each kind, a column for each phase; in a cell the word for rank 0 and for rank 1."""
     found = {(entry["kind"], entry["phase"], entry["rank"]): entry for entry in results}
-    rows = [f"| fault | {' | '.join(PHASES)} | exit code | seconds |", f"|---|{'---|' * (len(PHASES) + 2)}"]
+    rows = [
+        f"| fault | {' | '.join(PHASES)} | exit code | found after, s | next step after, s |",
+        f"|---|{'---|' * (len(PHASES) + 3)}",
+    ]
     for kind in KINDS:
         words = [_cell(found, kind, phase) for phase in PHASES]
         mine = [entry for entry in results if entry["kind"] == kind]
         codes = sorted({" → ".join(map(str, entry["codes"])) for entry in mine})
-        seconds = sorted(entry["seconds"] for entry in mine) or [0]
-        rows.append(f"| {kind} | {' | '.join(words)} | {', '.join(codes)} | {seconds[0]:g}–{seconds[-1]:g} |")
+        times = [span_of(entry[name] for entry in mine if name in entry) for name in ("found_s", "again_s")]
+        rows.append(f"| {kind} | {' | '.join(words)} | {', '.join(codes)} | {' | '.join(times)} |")
     return "\n".join([*rows, "", summary(results)])
+
+
+def span_of(seconds: Iterable[float]) -> str:
+    """Least, median and greatest."""
+    ordered = sorted(seconds)
+    return f"{ordered[0]:g} · {median(ordered):.2g} · {ordered[-1]:g}" if ordered else "–"
 
 
 def _cell(found: dict[Any, dict[str, Any]], kind: str, phase: str) -> str:
