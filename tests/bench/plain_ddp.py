@@ -13,7 +13,7 @@ from orchestrator.data.order import TrainPlan
 from orchestrator.data.stream import Batch, Split, train_loader
 from orchestrator.model.module import Normalise
 from orchestrator.model.optim import build_optimizer, peak_lr
-from orchestrator.train.fit import build_net
+from orchestrator.train.assembly import build_net
 
 
 class PlainLoop:

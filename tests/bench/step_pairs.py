@@ -20,7 +20,7 @@ import torch.distributed as dist
 from jobs.train import rank
 from orchestrator.bundle import load_bundle
 from orchestrator.data.stream import Batch, Loader
-from orchestrator.train import fit
+from orchestrator.train import assembly
 from tests.bench.plain_ddp import PlainLoop
 
 BLOCK = 10
@@ -65,7 +65,7 @@ def main(path: str, out: str) -> None:
         made.append(TakingTurns(loader, PlainLoop(config, plan, split, steps), plan.steps_per_epoch))
         return made[0]
 
-    original, fit.train_loader = fit.train_loader, train_loader
+    original, assembly.train_loader = assembly.train_loader, train_loader
     rank(path, 1, time.time())
     if os.environ["RANK"] == "0":
         Path(out).write_text(json.dumps(made[0].pairs))

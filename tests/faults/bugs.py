@@ -84,14 +84,14 @@ def _save_buffers_of_another_rank(resumed: bool) -> None:
 
 
 def _resume_one_step_off(resumed: bool) -> None:
-    from orchestrator.train import fit
+    from orchestrator.train import assembly
 
-    span = fit.Span
+    span = assembly.Span
 
     def late(first_step: int, *arguments: Any, **named: Any) -> Any:
         return span(first_step + (first_step > 0 and resumed), *arguments, **named)
 
-    fit.Span = late  # pyright: ignore[reportAttributeAccessIssue]
+    assembly.Span = late  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _load_a_stale_checkpoint(resumed: bool) -> None:
