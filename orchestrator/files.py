@@ -54,6 +54,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             temporary.unlink()
 
 
+def remove_halves(folder: Path) -> None:
+    """Remove the temporary files of writers that were killed; none may be writing to this folder now."""
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            path.unlink()
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a whole file or none. Raises what `disk_errors` makes of a failing disk."""
     with disk_errors(path), replacing(path) as file:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import EXIT_NODE, EXIT_USER, NodeError, UserError
-from orchestrator.files import disk_errors, read_json, write_atomic, write_json
+from orchestrator.files import disk_errors, read_json, remove_halves, write_atomic, write_json
 
 ROOT = Path(__file__).parents[1]
 LIMITED = """
@@ -109,3 +109,11 @@ def test_an_unreadable_json_is_the_users_mistake(tmp_path: Path, content: bytes 
         path.write_bytes(content)
     with pytest.raises(UserError, match=rf"{says}.*Way out"):
         read_json(path)
+
+
+def test_halves_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".result.json.17.tmp", "result.json", ".hidden", "notes.tmp"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".folder.tmp").mkdir()
+    remove_halves(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".folder.tmp", ".hidden", "notes.tmp", "result.json"]

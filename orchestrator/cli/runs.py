@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -141,11 +145,24 @@ def _launch(bundle: Bundle, as_json: bool, began: float) -> int:
             note(earlier)
         write_bundle(bundle, bundle.folder / "run.json", sets.facts())
         ended = _run(bundle, began)
-    _conclude(bundle, ended)
-    _show(bundle, as_json, time.time() - began)
-    if ended.error:
-        tell_cause(bundle, ended)
+    with _deaf_to_stops():
+        _conclude(bundle, ended)
+        _show(bundle, as_json, time.time() - began)
+        if ended.error:
+            tell_cause(bundle, ended)
     return ended.exit_code
+
+
+@contextmanager
+def _deaf_to_stops() -> Iterator[None]:
+    """The run has ended: another request to stop must not replace its exit code, nor while the interpreter ends."""
+    earlier = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+            atexit.register(signal.signal, number, signal.SIG_IGN)
 
 
 def _run(bundle: Bundle, began: float) -> Ended:

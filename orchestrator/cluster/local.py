@@ -22,6 +22,7 @@ from orchestrator.cluster.places import Places, num_processes
 from orchestrator.cluster.restarts import Attempt, Verdict, count_restarts, decide
 from orchestrator.config import ComputeConfig
 from orchestrator.errors import EXIT_RESIZED, EXIT_STOPPED, ConfigError
+from orchestrator.files import remove_halves
 from orchestrator.train.requests import stops_after
 from orchestrator.train.virtual_choice import slices_of
 
@@ -93,6 +94,7 @@ def _attempt(launch: Launch, number: int, world_size: int, places: Places) -> At
         return places.ask(slices, world_size, bool(first) and step > first[0])
 
     ended, step = run_attempt(launch, number, world_size, places.env(), resize)
+    remove_halves(launch.bundle.folder)
     return Attempt(ended, step)
 
 
