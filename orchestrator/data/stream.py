@@ -13,8 +13,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
+from multiprocessing.util import Finalize
 from time import perf_counter
 from typing import Any, NamedTuple
+from weakref import ref
 
 import numpy as np
 import torch
@@ -294,6 +296,8 @@ class Loader:
         )
         with Transfer(ring, self._device) as transfer:
             items = iter(loader)
+            # multiprocessing ends daemons by SIGTERM, which ours leave to the rank, and would wait for them forever
+            Finalize(items, _end_workers, args=(ref(items),), exitpriority=0)
             try:
                 for _ in range(self._work.length):
                     began = perf_counter()
@@ -356,6 +360,15 @@ def _check_cuda(code: Any) -> None:
 
 def _as_it_is(item: Any) -> Any:
     return item
+
+
+def _end_workers(iterator: Callable[[], Any]) -> None:
+    """At the end of the process: torch's handler would take these deaths for a failure."""
+    workers = getattr(iterator(), "_workers", ())
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in workers:
+        worker.kill()
 
 
 def _start_worker(worker: int) -> None:

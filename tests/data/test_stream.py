@@ -252,6 +252,25 @@ def test_a_damaged_sample_ends_the_run_with_its_place_also_out_of_a_loader_proce
         assert file.read(8) == png(image_of(DAMAGED))[:8]
 
 
+def take_one_and_end(split: Split) -> None:
+    """As a program that ends with an epoch begun: nothing closes the loader."""
+    plan = plan_of(split.index)
+    globals()["left_open"] = batches = iter(train_loader(plan, split, 1, range(2 * plan.steps_per_epoch)))
+    next(batches)
+
+
+def test_a_process_ends_although_its_loader_is_open(sound: ShardIndex, config: DataConfig) -> None:
+    process = multiprocessing.get_context("spawn").Process(
+        target=take_one_and_end, args=(split_of(sound, replace(config, num_workers=2)),)
+    )
+    process.start()
+    process.join(60)
+    stuck = process.is_alive()
+    process.kill()
+    assert not stuck
+    assert process.exitcode == 0
+
+
 def test_an_error_ends_the_loader_processes_at_once(damaged: ShardIndex, config: DataConfig) -> None:
     with pytest.raises(DataError) as caught:
         evaluate(split_of(damaged, replace(config, num_workers=2)))
