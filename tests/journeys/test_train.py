@@ -58,6 +58,7 @@ def test_the_result_is_the_whole_outcome_on_stdout_and_in_the_run_folder(trained
     assert set(result) == {
         "schema", "run_id", "state", "exit_code", "attempts", "epoch", "step", "world_size", "metrics", "seconds",
         "weights_sha256", "state_sha256", "data_digest", "config_hash", "code_digest", "last", "best",
+        "virtual_ranks",
     }  # fmt: skip
     expected = {"schema": 1, "state": "done", "exit_code": 0, "attempts": 1, "epoch": 2, "step": 14, "world_size": 2}
     assert {key: result[key] for key in expected} == expected
@@ -71,7 +72,8 @@ def test_the_result_is_the_whole_outcome_on_stdout_and_in_the_run_folder(trained
 def test_the_run_folder_holds_what_everything_else_reads(trained: Run) -> None:
     names = {path.name for path in trained.folder.iterdir()}
     assert {"run.json", "result.json", "evaluation.json", "events", "logs", "checkpoints", "report.html"} <= names
-    assert {path.name for path in (trained.folder / "logs" / "attempt_1").iterdir()} == {"rank_0.log", "rank_1.log"}
+    logs = trained.folder / "logs" / "attempt_1"
+    assert {path.name for path in logs.glob("*.log")} == {"rank_0.log", "rank_1.log"}
     bundle = json.loads((trained.folder / "run.json").read_text())
     assert (bundle["run_id"], bundle["schema"]) == (trained.folder.name, 1)
     assert bundle["data"]["train"]["digest"] == trained.result["data_digest"]

@@ -15,7 +15,7 @@ from orchestrator.config import OptimizerConfig, RecipeConfig
 from orchestrator.errors import ConfigError
 from orchestrator.model.optim import build_optimizer, learning_rate_factor, parameter_groups, peak_lr
 from orchestrator.model.resnet import ResNetOptions, cifar_resnet
-from orchestrator.options import Loss, OptimizerKind, Schedule, Stem
+from orchestrator.options import Loss, OnNan, OptimizerKind, Schedule, Stem
 
 
 def recipe(**changes: Any) -> RecipeConfig:
@@ -33,6 +33,7 @@ def recipe(**changes: Any) -> RecipeConfig:
         "ema_decay": 0.0,
         "ema_every_steps": 1,
         "clip_norm": 0.0,
+        "on_nan": OnNan.stop,
         "loss": Loss.cross_entropy,
         "mixup": 0.0,
         "cutmix": 0.0,
