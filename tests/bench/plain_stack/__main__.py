@@ -103,10 +103,10 @@ def main() -> None:
         print(
             "| fault | exit codes | finished | same bits | left out / repeated | seconds |\n|---|---|---|---|---|---|"
         )
-        for kind in sys.argv[1:] or KINDS:
+        for number, kind in enumerate(sys.argv[1:] or KINDS):
             rank, phase, step = PLACES.get(kind, (RANK, "step", STEP))
             strike = {"fault": kind, "rank": rank, "phase": phase, "step": step}
-            print(row(kind, run(shards, root / kind, strike), alone[0]), flush=True)
+            print(row(kind, run(shards, root / f"{number}-{kind}", strike), alone[0]), flush=True)
 
 
 def row(kind: str, came: Outcome, alone: Outcome) -> str:
