@@ -78,6 +78,11 @@ class StopRequested(OrchestratorError):
         return type(self), (self.args[0], self.exit_code)
 
 
+def gist(error: Exception) -> str:
+    """The first sentence of what a library says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0][:200]
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint for a misspelt name: the nearest known one, or the whole list where it is short."""
     names = sorted(known)

@@ -54,6 +54,15 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             temporary.unlink()
 
 
+def ends_torn(path: Path) -> bool:
+    """Whether a file of lines ends amid one, as a killed writer leaves it."""
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
 def remove_halves(folder: Path) -> None:
     """Remove the temporary files of writers that were killed; none may be writing to this folder now."""
     for path in folder.glob(".*.tmp"):

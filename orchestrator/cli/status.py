@@ -151,8 +151,9 @@ def _cost(facts: dict[str, Any]) -> str:
 
 
 def _fault(fault: dict[str, Any]) -> str:
+    from orchestrator.track.words import first_line
+
     where = f"rank {fault['rank']}: " if fault["rank"] is not None else ""
-    lines = str(fault["error"] or "unknown").splitlines() or ["unknown"]
     place = f", phase {fault['phase']}, step {fault['step']}" if fault["phase"] else ""
     again = f", {fault['recovery_s']:.1f} s to the next first step" if fault["recovery_s"] is not None else ""
-    return f"{where}{lines[0]}{place}{again}"
+    return f"{where}{first_line(fault['error'])}{place}{again}"

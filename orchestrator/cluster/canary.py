@@ -20,6 +20,7 @@ from orchestrator.bundle import Bundle, load_bundle, with_config, write_bundle
 from orchestrator.cluster.cause import Ended
 from orchestrator.cluster.estimate import Timing, estimate_hours, read_timing
 from orchestrator.cluster.local import num_processes, run_attempts
+from orchestrator.cluster.places import visible_gpus
 from orchestrator.config import RunConfig
 from orchestrator.data.index import Shard, ShardIndex
 from orchestrator.data.verify import require_readable
@@ -272,10 +273,7 @@ def _resume(bundle: Bundle, full: Bundle, runs_dir: Path, steps: int) -> str:
 
 
 def _places(config: RunConfig) -> int:
-    import torch
-
-    gpus = torch.cuda.device_count() if config.compute.device.name != "cpu" else 0
-    return gpus or 2 * num_processes(config.compute)
+    return visible_gpus(config.compute) or 2 * num_processes(config.compute)
 
 
 def _differing(full: Bundle, again: Bundle, steps: int) -> str:

@@ -26,8 +26,6 @@ FINAL = {EXIT_DONE, EXIT_USER, EXIT_NO_PROGRESS, EXIT_STOPPED, EXIT_INTERRUPTED,
 """Exit codes after which this machine does not start the run again by itself."""
 ORDERLY = {EXIT_DONE, EXIT_STOPPED, EXIT_RESIZED, EXIT_INTERRUPTED, EXIT_TERMINATED}
 """Exit codes of a rank that all ranks agreed on."""
-UNSAVED = {-signal.SIGTERM: EXIT_TERMINATED, -signal.SIGINT: EXIT_INTERRUPTED}
-"""A request to stop that met a rank before it could listen: nothing was computed that had to be saved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +83,8 @@ def first_cause(codes: dict[int, int], errors: list[dict[str, Any]], out_of_memo
     return Ended(code, rank, f"ended with code {code}", by_itself=_is_own(code))
 
 
-UNSAVED_END = {code: Ended(exit_code) for code, exit_code in UNSAVED.items()}
+UNSAVED_END = {-signal.SIGTERM: Ended(EXIT_TERMINATED), -signal.SIGINT: Ended(EXIT_INTERRUPTED)}
+"""A request to stop that met a rank before it could listen: nothing was computed that had to be saved."""
 
 
 def killed(rank: int, number: int, out_of_memory: bool) -> Ended:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -10,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from orchestrator.config import RunConfig
+from orchestrator.track.runs import read_events
 from orchestrator.train.preflight import Sets, total_steps
 
 OF_A_STEP = ("compute", "data_wait", "communication_wait")
@@ -36,8 +36,7 @@ class Timing:
 
 def read_timing(folder: Path, steps: int) -> Timing:
     """From the events of the first rank."""
-    lines = (folder / "events" / "rank_0.jsonl").read_text().splitlines()
-    events = [json.loads(line) for line in lines]
+    events = read_events(folder / "events" / "rank_0.jsonl")
     of = {kind: [event for event in events if event["kind"] == kind] for kind in ("start", "step", "eval", "save")}
     taken = [[event["phases"].get(phase, 0.0) for phase in OF_A_STEP] for event in of["step"]]
     later = taken[1:] or taken

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from orchestrator.files import ends_torn
+
 logger = logging.getLogger(__name__)
 
 
@@ -21,11 +23,8 @@ class Journal:
         event = {"t": round(t or time.time(), 3), "attempt": attempt, "kind": kind, **facts}
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path, "a+b") as file:
-                file.seek(0, 2)
-                end = file.tell()
-                file.seek(max(0, end - 1))
-                torn = end > 0 and file.read(1) != b"\n"  # the line of a launcher that was killed
+            torn = ends_torn(self._path)  # the line of a launcher that was killed
+            with open(self._path, "ab") as file:
                 file.write(b"\n" * torn + json.dumps(event).encode() + b"\n")
         except OSError as error:
             logger.warning("%s: event %s is lost (%s)", self._path, kind, error.strerror)

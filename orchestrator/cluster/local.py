@@ -23,8 +23,8 @@ from orchestrator.cluster.restarts import Attempt, Verdict, count_restarts, deci
 from orchestrator.config import ComputeConfig
 from orchestrator.errors import EXIT_RESIZED, EXIT_STOPPED, ConfigError
 from orchestrator.files import remove_halves
+from orchestrator.train.orders import Request
 from orchestrator.train.requests import stops_after
-from orchestrator.train.virtual_choice import slices_of
 
 __all__ = ["Ended", "free_port", "next_attempt", "num_processes", "run_attempts", "warm_up"]
 
@@ -72,7 +72,7 @@ def _until_the_end(launch: Launch) -> Ended:
     config, verdict = bundle.config.cluster, None
     while True:
         number = next_attempt(bundle.folder)
-        world_size = places.world_size(slices_of(bundle.config.compute.virtual_ranks, bundle.folder))
+        world_size = places.world_size()
         _tell_start(launch, number, world_size, verdict)
         attempt = _attempt(launch, number, world_size, places)
         attempts.append(attempt)
@@ -86,12 +86,12 @@ def _until_the_end(launch: Launch) -> Ended:
 
 
 def _attempt(launch: Launch, number: int, world_size: int, places: Places) -> Attempt:
-    first: list[int] = []
+    first = 0  # the first step that was seen
 
-    def resize(step: int):
-        first.append(step) if step and not first else None
-        slices = slices_of(launch.bundle.config.compute.virtual_ranks, launch.bundle.folder)
-        return places.ask(slices, world_size, bool(first) and step > first[0])
+    def resize(step: int) -> Request:
+        nonlocal first
+        first = first or step
+        return places.ask(world_size, progressed=step > first)
 
     ended, step = run_attempt(launch, number, world_size, places.env(), resize)
     remove_halves(launch.bundle.folder)

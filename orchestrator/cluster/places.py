@@ -13,6 +13,7 @@ from orchestrator.config import ComputeConfig, process_range
 from orchestrator.options import Device
 from orchestrator.train.orders import Request
 from orchestrator.train.virtual import largest_world
+from orchestrator.train.virtual_choice import slices_of
 
 
 def num_processes(config: ComputeConfig) -> int:
@@ -54,18 +55,23 @@ class Places:
         low, high = self.reach
         return low < high
 
+    @property
+    def slices(self) -> int | None:
+        """Of a step, as far as the run has chosen them: what the processes must share evenly."""
+        return slices_of(self.config.virtual_ranks, self.folder)
+
     def count(self) -> int:
         """Places now: GPUs or processes, less the lost ones, at most what `<run>/places` says."""
         every = self.gpus or self.reach[1]
         return min(every - len(self.lost), allowed(self.folder / "places", every))
 
-    def world_size(self, slices: int | None) -> int:
+    def world_size(self) -> int:
         """Processes of the next attempt; the least where there is no place for it, which then says why it fails."""
         low, high = self.reach
         if not self.is_elastic:
             return high
         self.gpus = count_gpus(self.config)
-        return largest_world(slices, low, high, self.count()) or low
+        return largest_world(self.slices, low, high, self.count()) or low
 
     def lose(self, device: int) -> None:
         """Do without the place of a rank that reported its device unfit."""
@@ -80,12 +86,12 @@ class Places:
         names = named.split(",") if named else [str(number) for number in range(self.gpus)]
         return {"CUDA_VISIBLE_DEVICES": ",".join(n for number, n in enumerate(names) if number not in self.lost)}
 
-    def ask(self, slices: int | None, world_size: int, progressed: bool) -> Request:
+    def ask(self, world_size: int, progressed: bool) -> Request:
         """What to ask of the running attempt: fewer processes at once, more of them at its next save."""
         if not self.is_elastic:
             return Request.none
         low, high = self.reach
-        fits = largest_world(slices, low, high, min(self.count(), high))
+        fits = largest_world(self.slices, low, high, min(self.count(), high))
         if 0 < fits < world_size:
             return Request.resize
         return Request.resize_at_save if fits > world_size and progressed else Request.none

@@ -98,7 +98,7 @@ class _Child:
         self._process.wait()
 
 
-def _store(url: str) -> tuple[Any, str]:
+def store_of(url: str) -> tuple[Any, str]:
     """The store of an address, and the object's path in it: SCHEME://BUCKET/PATH, for az the bucket is a container."""
     from obstore.store import AzureStore, GCSStore, S3Store
 
@@ -114,7 +114,7 @@ def _store(url: str) -> tuple[Any, str]:
 
 
 def _open(request: dict[str, Any]) -> Any:
-    store, path = _store(request["url"])
+    store, path = store_of(request["url"])
     options: dict[str, Any] = {}
     if request["offset"]:
         options["range"] = {"offset": request["offset"]}
@@ -125,12 +125,12 @@ def _open(request: dict[str, Any]) -> Any:
 
 def _send(got: Any) -> None:
     head = {"start": got.range[0], "total": got.meta["size"], "version": got.meta["e_tag"]}
-    _write(json.dumps(head).encode() + b"\n")
+    write_out(json.dumps(head).encode() + b"\n")
     for chunk in got.stream(min_chunk_size=CHUNK // 4):
-        _write(chunk)
+        write_out(chunk)
 
 
-def _write(data: Any) -> None:
+def write_out(data: Any) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(1, view) :]
@@ -165,7 +165,7 @@ def main() -> None:
         got = _open(request)
     except Exception as error:  # all that a client library raises
         status = status_of(type(error).__name__, str(error))
-        _write(json.dumps({"error": shorten(str(error)), "status": status}).encode() + b"\n")
+        write_out(json.dumps({"error": shorten(str(error)), "status": status}).encode() + b"\n")
         os._exit(0)
     try:
         _send(got)

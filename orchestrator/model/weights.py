@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, gist
 
 State = dict[str, Tensor]
 T = TypeVar("T")
@@ -200,7 +200,7 @@ def _read_safetensors(file: Path) -> Any:
     try:
         return load_file(file)
     except (SafetensorError, ValueError) as error:
-        raise CheckpointError(_damaged(file, _first_line(error))) from error
+        raise CheckpointError(_damaged(file, gist(error))) from error
 
 
 def _read_torch(file: Path) -> Any:
@@ -215,7 +215,7 @@ def _read_torch(file: Path) -> Any:
             raise CheckpointError(_not_plain(file, f"it needs {named[1]}, and")) from error
         if "TorchScript" in str(error):
             raise CheckpointError(_not_plain(file, "it is a TorchScript program, and")) from error
-        detail = "no pickle of torch.save" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
+        detail = "no pickle of torch.save" if isinstance(error, pickle.UnpicklingError) else gist(error)
         raise CheckpointError(_damaged(file, detail)) from error
 
 
@@ -229,10 +229,6 @@ def _not_plain(file: Path, why: str) -> str:
 def _damaged(file: Path, detail: str) -> str:
     size = file.stat().st_size
     return f"{file}: truncated or damaged ({size} bytes; {detail}). Way out: copy or download it again"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0][:200]
 
 
 def _unwrap(content: Any) -> tuple[Any, str | None]:

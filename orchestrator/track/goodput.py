@@ -94,8 +94,7 @@ def _bills(timeline: Timeline) -> Iterator[Bill]:
 
 def measure_run(run: RunRecord) -> Goodput:
     """The sums of a run's record, priced by its own config."""
-    prices = (run.config.get("cluster") or {}).get("prices") or []
-    return measure(read_timeline(run.ranks, run.launcher), read_prices(prices))
+    return measure(read_timeline(run.ranks, run.launcher), prices_of(run))
 
 
 def summary(came: Goodput) -> dict[str, float]:
@@ -122,6 +121,11 @@ def add_up(parts: Iterable[tuple[str, float]]) -> Split:
         total[phase] = total.get(phase, 0.0) + spent
     known = [*PHASES, *(phase for phase in total if phase not in PHASES)]
     return {phase: total[phase] for phase in known if total.get(phase, 0.0) > 0}
+
+
+def prices_of(run: RunRecord) -> dict[str, float]:
+    """The table of a run's own config."""
+    return read_prices((run.config.get("cluster") or {}).get("prices") or [])
 
 
 def read_prices(entries: Sequence[str]) -> dict[str, float]:

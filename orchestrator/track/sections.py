@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.track.redact import without_secrets
 from orchestrator.track.runs import Event, RunRecord, history, value
 from orchestrator.track.timeline import read_timeline
-from orchestrator.track.words import duration, exit_meaning, moment, percent, plain, share
+from orchestrator.track.words import duration, exit_meaning, first_line, moment, percent, plain, share
 
 READING = {
     "data/shards_fetched": "shards fetched",
@@ -86,14 +86,14 @@ def headline(run: RunRecord) -> str:
 def facts(run: RunRecord) -> list[tuple[str, str]]:
     """The small figures of the header."""
     metrics = run.result.get("metrics") or {}
-    loss = value(metrics.get("val/loss"))
+    loss, wall = value(metrics.get("val/loss")), wall_seconds(run)
     speeds = sorted(e["train/images_per_s"] for e in run.events if e.get("train/images_per_s"))
     best = best_epoch(history(run.events))
     world_size = run.result.get("world_size") or next((e["world_size"] for e in run.events if "world_size" in e), None)
     rows = [
         ("Validation loss", f"{loss:.4f}" if loss is not None else None),
         (f"Best top-1, epoch {best[1]}" if best else "", best[0] if best else None),
-        ("Wall time", duration(wall_seconds(run)) if wall_seconds(run) else None),
+        ("Wall time", duration(wall) if wall else None),
         ("Processes", world_size),
         ("Attempts", max(run.result.get("attempts") or 0, len(attempts(run))) or None),
         ("Throughput", f"{speeds[len(speeds) // 2]:,.0f} images/s" if speeds else None),
@@ -172,7 +172,7 @@ def _attempt(number: str, group: list[Event], fault: Event) -> dict[str, str]:
     ended = exit_meaning(ending.get("exit_code")) or ("stopped on request" if ending.get("kind") == "stop" else "")
     if fault:
         rank = f"rank {fault['rank']}: " if fault.get("rank") is not None else ""
-        ended = rank + (str(fault.get("error") or "").splitlines() or ["unknown"])[0]
+        ended = rank + first_line(fault.get("error"))
     return {
         "number": number,
         "processes": str(next((e["world_size"] for e in group if "world_size" in e), "–")),

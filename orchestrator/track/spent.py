@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.track.goodput import Goodput, measure, read_prices, recoveries, stragglers
+from orchestrator.track.goodput import Goodput, measure, prices_of, recoveries, stragglers
 from orchestrator.track.runs import RunRecord
 from orchestrator.track.timeline import Piece, Timeline, read_timeline
-from orchestrator.track.words import duration, moment, percent, share
+from orchestrator.track.words import duration, first_line, moment, percent, share
 
 MEANING = {
     "compute": ("compute", "forward, backward and update of steps that count"),
@@ -52,7 +52,7 @@ def spent(run: RunRecord) -> dict[str, Any] | None:
     if not told or timeline.ended <= timeline.began:
         return None
     cluster = run.config.get("cluster") or {}
-    came = measure(timeline, read_prices(cluster.get("prices") or []))
+    came = measure(timeline, prices_of(run))
     scale = Scale(timeline)
     faults = recoveries(timeline)
     return {
@@ -103,11 +103,16 @@ def _money(amount: float) -> str:
 
 def _fault(fault: dict[str, Any], scale: Scale) -> dict[str, Any]:
     where = f"rank {fault['rank']}" if fault["rank"] is not None else ""
-    lines = str(fault["error"] or "unknown").splitlines() or ["unknown"]
     again = "" if fault["recovery_s"] is None else f"{fault['recovery_s']:.1f} s"
     at = ", ".join(text for text in (where, f"step {fault['step']}" if fault["step"] is not None else "") if text)
-    return {"at": at, "what": lines[0], "when": moment(fault["t"]), "phase": fault["phase"] or "", "again": again,
-            "left": round(scale.share(fault["t"]), 2)}  # fmt: skip
+    return {
+        "at": at,
+        "what": first_line(fault["error"]),
+        "when": moment(fault["t"]),
+        "phase": fault["phase"] or "",
+        "again": again,
+        "left": round(scale.share(fault["t"]), 2),
+    }
 
 
 class Scale:

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.track.goodput import count_work, measure, read_prices, recoveries, stragglers
+from orchestrator.track.goodput import count_work, measure, prices_of, recoveries, stragglers
 from orchestrator.track.runs import Event, RunRecord, value
 from orchestrator.track.timeline import AttemptSpan, read_timeline
 
@@ -19,7 +19,7 @@ def status_of(run: RunRecord, launcher: int | None, now: float) -> dict[str, Any
     timeline = read_timeline(run.ranks, run.launcher, alive=launcher is not None)
     last = timeline.attempts[-1] if timeline.attempts else None
     cluster = run.config.get("cluster") or {}
-    came = measure(timeline, read_prices(cluster.get("prices") or []))
+    came = measure(timeline, prices_of(run))
     state, step = _state(run, launcher), _step(run, last)
     faults = recoveries(timeline)
     return {

@@ -20,6 +20,11 @@ def exit_meaning(code: int | None) -> str:
     return "" if code is None else EXIT_MEANING.get(code, "a crash")
 
 
+def first_line(error: object) -> str:
+    """What an error says in one line."""
+    return (str(error or "").splitlines() or ["unknown"])[0]
+
+
 def duration(seconds: float | None) -> str:
     """``2 h 5 min``, ``1 min 9 s``, ``4.2 s``."""
     if seconds is None:

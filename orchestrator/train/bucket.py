@@ -180,9 +180,9 @@ def _open_store(url: str) -> tuple[Any, str]:
         from obstore.store import LocalStore
 
         return LocalStore(url.removeprefix("file://"), mkdir=True), ""
-    from orchestrator.data.objects import _store
+    from orchestrator.data.objects import store_of
 
-    store, path = _store(url)
+    store, path = store_of(url)
     return store, f"{path}/" if path else ""
 
 
@@ -194,9 +194,9 @@ def _pieces(path: Path) -> Iterator[bytes]:
 
 
 def _say(answer: Any) -> None:
-    content = memoryview(json.dumps(answer).encode() + b"\n")
-    while content:
-        content = content[os.write(1, content) :]
+    from orchestrator.data.objects import write_out
+
+    write_out(json.dumps(answer).encode() + b"\n")
 
 
 def _answer(server: Server, request: dict[str, Any]) -> dict[str, Any]:

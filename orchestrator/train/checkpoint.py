@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, gist
 from orchestrator.files import hash_file, write_json
 from orchestrator.train.state import TrainState, hash_state, hash_tensors
 
@@ -82,7 +82,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} holds no tensors ({_first_line(error)}). {OTHER_CHECKPOINT}") from None
+        raise CheckpointError(f"{path} holds no tensors ({gist(error)}). {OTHER_CHECKPOINT}") from None
 
 
 def load_plain(path: Path) -> Any:
@@ -98,13 +98,7 @@ def load_plain(path: Path) -> Any:
         raise
     except Exception as error:  # damaged bytes fail in an unpickler in any way there is
         why = "more than tensors and plain values, or not whole"
-        raise CheckpointError(
-            f"{path} is not read: it holds {why} ({_first_line(error)}). {OTHER_CHECKPOINT}"
-        ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0][:200]
+        raise CheckpointError(f"{path} is not read: it holds {why} ({gist(error)}). {OTHER_CHECKPOINT}") from None
 
 
 def open_checkpoint(folder: Path, fields: Sequence[str] = ()) -> Checkpoint:

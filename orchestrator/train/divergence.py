@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -17,8 +15,6 @@ from orchestrator.train.process import Rank
 
 CPU_CHUNK, GPU_CHUNK = 1 << 15, 1 << 24
 """Words that are hashed at once: what stays in a core's cache, and few launches on a GPU."""
-SUSPECTS_FIRST_S = 0.5
-"""The other ranks report the same so much later: the launcher shall hear it from the rank that is unfit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +40,17 @@ class RankCheck:
 
     def require_equal(self, tensors: Mapping[str, torch.Tensor], step: int) -> None:
         """Raise NodeError on all ranks where one holds other bits, DeviceError on that one; collective."""
-        table = self._gather(torch.stack([hash_bits(tensor) for tensor in tensors.values()]).cpu())
+        hashes = torch.stack([hash_bits(tensor) for tensor in tensors.values()]).cpu()
+        table = [row.tolist() for row in self._rank.all_gather(hashes)]
         found = find_divergence(table, list(tensors))
         if found is None:
             self._equal_at = step
             return
         self._settle()
+        self._rank.speak_after(found.ranks)
         is_suspect = self._rank.world.rank in found.ranks
-        if not is_suspect:
-            time.sleep(SUSPECTS_FIRST_S)
         kind = DeviceError if is_suspect and len(found.ranks) < len(table) else NodeError
         raise kind(describe(found, len(table), step, self._equal_at))
-
-    def _gather(self, hashes: torch.Tensor) -> list[list[int]]:
-        gathered = [torch.empty_like(hashes) for _ in range(self._rank.world.world_size)]
-        dist.all_gather(gathered, hashes, group=self._rank.control)
-        return [row.tolist() for row in gathered]
 
 
 def replicated_tensors(net: nn.Module, ema: nn.Module | None, optimizer: Optimizer) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.files import disk_errors
+from orchestrator.files import disk_errors, ends_torn
 
 
 class Ledger:
@@ -21,7 +21,7 @@ class Ledger:
         self._attempt = attempt
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+            torn = ends_torn(path)
             # Unbuffered: what a full disk refused must not fail once more when the file is closed.
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
         if torn:

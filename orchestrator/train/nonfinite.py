@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from orchestrator.train.process import Rank
 
 MOST_IN_A_ROW = 10
 SHOWN = 20
-SUSPECTS_FIRST_S = 0.5
-"""The other ranks report the same so much later: the launcher shall hear it from the rank that had the samples."""
 FOLDER = "nonfinite"
 
 
@@ -93,23 +90,17 @@ class Bookkeeper:
         rows = [[int(step.bad_loss), len(ids)]]
         numbers = [ids]
         if self._rank.control is not None:
-            rows = [row.tolist() for row in self._all(torch.tensor(rows[0]))]
+            rows = [row.tolist() for row in self._rank.all_gather(torch.tensor(rows[0]))]
             padded = torch.full((max(count for _, count in rows),), -1, dtype=torch.int64)
             padded[: len(ids)] = ids
-            numbers = [row[row >= 0] for row in self._all(padded)]
+            numbers = [row[row >= 0] for row in self._rank.all_gather(padded)]
         by_loss = any(bad for bad, _ in rows)
         ranks = tuple(rank for rank, (bad, _) in enumerate(rows) if bad or not by_loss)
         return BadStep(step.number, ranks, by_loss, tuple(tuple(numbers[rank].tolist()) for rank in ranks))
 
-    def _all(self, own: torch.Tensor) -> list[torch.Tensor]:
-        gathered = [torch.empty_like(own) for _ in range(self._rank.world.world_size)]
-        dist.all_gather(gathered, own, group=self._rank.control)
-        return gathered
-
     def _end(self, bad: BadStep) -> None:
         self._settle()
-        if self._rank.world.rank not in bad.ranks:
-            time.sleep(SUSPECTS_FIRST_S)
+        self._rank.speak_after(bad.ranks)
         watch = self._module.watch
         rows = f" ({watch.in_a_row} steps in a row, at most {MOST_IN_A_ROW} are left out)" if watch.skips else ""
         raise self._error(f"{describe(bad)}{rows}; {name_samples(bad, self._index, self._folder)}")

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,6 +32,7 @@ from orchestrator.world import ALONE, World
 GROUP_TIMEOUT = timedelta(minutes=30)
 AFTER_PEERS_S = 0.3
 """A rank that fails because a signal killed its peer ends after the launcher has seen the true cause."""
+SUSPECTS_FIRST_S = 0.5
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -46,6 +47,17 @@ class Rank:
     control: dist.ProcessGroup | None
     """Group on the CPU for flags and counts, beside the one that gradients use."""
     heartbeat: Heartbeat
+
+    def all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
+        """The CPU tensors of all ranks, equal in shape; collective."""
+        gathered = [torch.empty_like(own) for _ in range(self.world.world_size)]
+        dist.all_gather(gathered, own, group=self.control)
+        return gathered
+
+    def speak_after(self, suspects: Collection[int]) -> None:
+        """Wait a moment where others are at fault: the launcher shall hear what all ranks report from one of them."""
+        if self.world.rank not in suspects:
+            time.sleep(SUSPECTS_FIRST_S)
 
 
 def open_logs(folder: Path, world: World, attempt: int) -> IO[str]:

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.train.heartbeat import heartbeat_file, read_sign
+from tests.launching import wait_for
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 KILLS = 30
+LONGEST_S = 300.0
 STEPS_BETWEEN = 5
 OPTIONS = (
     "data=digits", "model=cifar_resnet20", "recipe.epochs=1000", "recipe.global_batch_size=32", "compute=cpu2",
@@ -131,11 +133,5 @@ def _lines(log: Path, attempt: int) -> list[tuple[int, float]]:
     return [(int(row[0]), float(row[1])) for row in rows if len(row) == 2 and int(row[0]) == attempt]
 
 
-def _wait(condition: Callable[[], Any], limit_s: float = 300) -> Any:
-    until = time.monotonic() + limit_s
-    while time.monotonic() < until:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.02)
-    raise RuntimeError(f"{limit_s} s have passed")
+def _wait(condition: Callable[[], Any]) -> Any:
+    return wait_for(condition, "the run's next steps", LONGEST_S)
