@@ -26,6 +26,7 @@ from webdataset.pipeline import DataPipeline
 from orchestrator.config import DataConfig
 from orchestrator.data.augment import augment_batch
 from orchestrator.data.decode import BatchDecoder, jobs_in_files
+from orchestrator.data.forking import SureForkContext
 from orchestrator.data.index import ShardIndex
 from orchestrator.data.order import EvalPlan, TrainPlan, cut
 from orchestrator.data.reader import ShardReader
@@ -291,7 +292,7 @@ class Loader:
             collate_fn=_as_it_is,
             num_workers=workers,
             prefetch_factor=config.prefetch_batches if workers else None,
-            multiprocessing_context=self._context if workers else None,
+            multiprocessing_context=_context_of(self._context) if workers else None,
             worker_init_fn=_start_worker if workers else None,
         )
         with Transfer(ring, self._device) as transfer:
@@ -356,6 +357,10 @@ def _cuda() -> Any:
 
 def _check_cuda(code: Any) -> None:
     torch.cuda.check_error(int(code))
+
+
+def _context_of(name: str) -> str | SureForkContext:
+    return SureForkContext() if name == "fork" else name
 
 
 def _as_it_is(item: Any) -> Any:

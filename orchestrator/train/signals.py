@@ -46,6 +46,8 @@ class StopFlag:
         self._received = Request.none
         self._group: dist.ProcessGroup | None = None
         self._read: Callable[[int], Request] = lambda step: Request.none
+        # kept, since gloo's thread enters Python to free a tensor that nobody holds: see data/forking.py
+        self._words = torch.zeros(2, dtype=torch.int32)
 
     def join(self, group: dist.ProcessGroup | None) -> None:
         """Agree within this CPU group from now on."""
@@ -66,9 +68,9 @@ class StopFlag:
         """What any rank was asked by this step, the same answer on all of them. `save_due`: this rank wants a save."""
         request, due = max(self._received, self._read(step)), int(save_due)
         if self._group is not None:
-            words = torch.tensor([request, due], dtype=torch.int32)
-            dist.all_reduce(words, op=dist.ReduceOp.MAX, group=self._group)
-            request, due = Request(int(words[0])), int(words[1])
+            self._words[0], self._words[1] = request, due
+            dist.all_reduce(self._words, op=dist.ReduceOp.MAX, group=self._group)
+            request, due = Request(int(self._words[0])), int(self._words[1])
         if request is Request.resize_at_save and not due:
             request = Request.none
         return Agreed(EXIT_OF_REQUEST.get(request), bool(due or request))
