@@ -1,6 +1,7 @@
 """The schema of a run: every key's name, type, unit and rule. Values stand in ``conf/``; nothing here has a default.
 
-One module on purpose, longer than the others: the page that answers what a run can be told. Composition lives in
+One module on purpose, longer than the others: the page that answers what a run can be told; where it runs stands in
+`cluster_config.py`. Composition lives in
 `compose.py`, plain values in `plain.py`.
 """
 
@@ -9,10 +10,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from orchestrator.errors import ConfigError, nearest
+from orchestrator.cluster_config import ClusterConfig
+from orchestrator.errors import nearest
 from orchestrator.options import (
     Augment,
-    ClusterKind,
     Crop,
     Decode,
     Device,
@@ -28,25 +29,11 @@ from orchestrator.options import (
     Stem,
     TrackingMode,
 )
+from orchestrator.rules import INF, require, require_range
 
 RUN_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,29}[a-z0-9])?")
 
 
-def _require(ok: bool, key: str, value: object, rule: str, way_out: str) -> None:
-    if not ok:
-        raise ConfigError(key, value, rule, way_out)
-
-
-def _require_range(config: object, group: str, **bounds: tuple[float, float]) -> None:
-    """Each named field lies within its closed bounds."""
-    for field, (low, high) in bounds.items():
-        value = getattr(config, field)
-        if not low <= value <= high:
-            span = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
-            raise ConfigError(f"{group}.{field}", value, f"must be {span}", f"set {group}.{field} within the bounds")
-
-
-INF = float("inf")
 METRICS = ("val/loss", "val/acc1", "val/acc5")
 """What every evaluation gives."""
 
@@ -112,7 +99,7 @@ class DataConfig:
     """Most that downloaded shards may take on this machine; 0 = three quarters of what is free on that disk."""
 
     def __post_init__(self) -> None:
-        _require_range(
+        require_range(
             self,
             "data",
             num_workers=(0, 256),
@@ -133,14 +120,14 @@ class DataConfig:
         )
         for field in ("crop_scale", "crop_ratio"):
             pair = getattr(self, field)
-            _require(
+            require(
                 len(pair) == 2 and 0 < pair[0] <= pair[1],
                 f"data.{field}",
                 pair,
                 "must be [low, high] with 0 < low <= high",
                 f"e.g. data.{field}=[0.5,1.0]",
             )
-        _require(
+        require(
             self.crop_scale[1] <= 1,
             "data.crop_scale",
             self.crop_scale,
@@ -148,16 +135,16 @@ class DataConfig:
             f"data.crop_scale=[{min(1, self.crop_scale[0]):g},1.0]",
         )
         for field in ("mean", "std"):
-            _require(
+            require(
                 len(getattr(self, field)) == 3,
                 f"data.{field}",
                 getattr(self, field),
                 "must have one number for each of the 3 channels",
                 f"e.g. data.{field}=[0.5,0.5,0.5]",
             )
-        _require(min(self.std) > 0, "data.std", self.std, "must be above 0", "e.g. data.std=[0.5,0.5,0.5]")
+        require(min(self.std) > 0, "data.std", self.std, "must be above 0", "e.g. data.std=[0.5,0.5,0.5]")
         side = self.eval_size or self.image_size
-        _require(
+        require(
             self.eval_resize == 0 or self.eval_resize >= side,
             "data.eval_resize",
             self.eval_resize,
@@ -165,7 +152,7 @@ class DataConfig:
             f"data.eval_resize={side}",
         )
         jitter = self.color_jitter
-        _require(
+        require(
             len(jitter) == 4 and all(0 <= change <= 1 for change in jitter) and jitter[3] <= 0.5,
             "data.color_jitter",
             jitter,
@@ -175,7 +162,7 @@ class DataConfig:
         self._require_ramp()
 
     def _require_ramp(self) -> None:
-        _require(
+        require(
             self.ramp_from == 0 or 1 <= self.ramp_from <= self.image_size,
             "data.ramp_from",
             self.ramp_from,
@@ -183,7 +170,7 @@ class DataConfig:
             f"data.ramp_from={min(128, self.image_size)}",
         )
         first_last = self.ramp_epochs
-        _require(
+        require(
             len(first_last) == 2 and 0 <= first_last[0] <= first_last[1],
             "data.ramp_epochs",
             first_last,
@@ -216,14 +203,14 @@ class ModelConfig:
     """File to start from (.safetensors, .pt, .pth, .th): tensors by name, or in order where all shapes agree."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.num_classes is None or self.num_classes >= 2,
             "model.num_classes",
             self.num_classes,
             "must be at least 2",
             "leave it out to take the number of classes from the shards",
         )
-        _require_range(self, "model", drop_path=(0, 0.99), dropout=(0, 0.99))
+        require_range(self, "model", drop_path=(0, 0.99), dropout=(0, 0.99))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -244,16 +231,16 @@ class OptimizerConfig:
     """false: no weight decay on vectors (norm weights and biases)."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optimizer.lr", self.lr, "must be above 0", "e.g. optimizer.lr=0.1")
-        _require_range(self, "optimizer", momentum=(0, 0.9999), eps=(0, 1), weight_decay=(0, 1))
-        _require(
+        require(self.lr > 0, "optimizer.lr", self.lr, "must be above 0", "e.g. optimizer.lr=0.1")
+        require_range(self, "optimizer", momentum=(0, 0.9999), eps=(0, 1), weight_decay=(0, 1))
+        require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             "optimizer.betas",
             self.betas,
             "must be two numbers in [0, 1)",
             "optimizer.betas=[0.9,0.999]",
         )
-        _require(
+        require(
             self.base_batch_size is None or self.base_batch_size >= 1,
             "optimizer.base_batch_size",
             self.base_batch_size,
@@ -305,7 +292,7 @@ class RecipeConfig:
     """Per cent, measured with this project, or null."""
 
     def __post_init__(self) -> None:
-        _require_range(
+        require_range(
             self,
             "recipe",
             epochs=(1, INF),
@@ -324,14 +311,14 @@ class RecipeConfig:
             erase=(0, 1),
             clip_norm=(0, INF),
         )
-        _require(
+        require(
             self.warmup_epochs <= self.epochs,
             "recipe.warmup_epochs",
             self.warmup_epochs,
             f"must not exceed recipe.epochs = {self.epochs}",
             "shorten the warm-up or train longer",
         )
-        _require(
+        require(
             self.step_epochs == sorted({epoch for epoch in self.step_epochs if epoch >= 1}),
             "recipe.step_epochs",
             self.step_epochs,
@@ -346,6 +333,8 @@ class ComputeConfig:
 
     num_processes: str
     """World size: a number, `min:max` (as many as there are places), or `auto` (this machine's GPUs, else 1)."""
+    num_nodes: int
+    """Machines that the processes are spread over evenly."""
     virtual_ranks: str
     """Slices of a step whose gradients meet in a fixed tree, so that the bits do not depend on the number of processes:
     a power of two, `auto` (the processes of the first attempt) or `off` (plain all-reduce)."""
@@ -366,23 +355,24 @@ class ComputeConfig:
 
     def __post_init__(self) -> None:
         number, virtual = self.num_processes, self.virtual_ranks
-        _require(
+        require(
             number == "auto" or process_range(number) is not None,
             "compute.num_processes",
             number,
             "must be a number from 1 up, min:max, or auto",
             "compute.num_processes=2, or 2:8",
         )
-        _require(
+        require(
             virtual in ("auto", "off") or (virtual.isdecimal() and int(virtual).bit_count() == 1),
             "compute.virtual_ranks",
             virtual,
             "must be a power of two, auto or off",
             "compute.virtual_ranks=8",
         )
-        _require_range(
+        require_range(
             self,
             "compute",
+            num_nodes=(1, 4096),
             threads_per_process=(1, 1024),
             master_port=(0, 65535),
             max_time_s=(0, INF),
@@ -397,52 +387,6 @@ def process_range(text: str) -> tuple[int, int] | None:
     if not (low.isdecimal() and high.isdecimal()) or text.endswith(":"):
         return None
     return (int(low), int(high)) if 1 <= int(low) <= int(high) else None
-
-
-@dataclass(kw_only=True, slots=True)
-class ClusterConfig:
-    """Where the job runs and how often it may start again."""
-
-    kind: ClusterKind
-    max_restarts: int
-    """Starts after the first one, for failures that a retry can mend."""
-    grace_s: float
-    """Seconds between a request to stop and the kill."""
-    backoff_s: float
-    """Pause before the second restart in a row without progress; it doubles from one to the next."""
-    hang_start_s: float
-    """Seconds without a sign of life after which a rank that starts counts as hung."""
-    hang_step_s: float
-    """The same between two steps."""
-    hang_validation_s: float
-    """The same between two batches of an evaluation."""
-    hang_save_s: float
-    """The same while a checkpoint is saved."""
-    prices: list[str]
-    """Price of a process's hour by the name of its device, e.g. ['cpu=0.04','NVIDIA H100 80GB HBM3=2.9']."""
-    currency: str
-
-    def __post_init__(self) -> None:
-        _require_range(
-            self,
-            "cluster",
-            max_restarts=(0, INF),
-            grace_s=(1, INF),
-            backoff_s=(0, INF),
-            hang_start_s=(1, INF),
-            hang_step_s=(1, INF),
-            hang_validation_s=(1, INF),
-            hang_save_s=(1, INF),
-        )
-        for entry in self.prices:
-            name, _, price = entry.rpartition("=")
-            _require(
-                bool(name) and re.fullmatch(r"\d+(\.\d+)?", price) is not None,
-                "cluster.prices",
-                entry,
-                "must read name=price",
-                "e.g. cluster.prices=['cpu=0.04']",
-            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -467,7 +411,7 @@ class CheckpointingConfig:
     """Object store that also gets every checkpoint, e.g. s3://bucket/runs; a machine without them starts from there."""
 
     def __post_init__(self) -> None:
-        _require_range(
+        require_range(
             self,
             "checkpointing",
             every_epochs=(0, INF),
@@ -476,7 +420,7 @@ class CheckpointingConfig:
             keep_last=(1, INF),
             keep_best=(0, INF),
         )
-        _require(
+        require(
             self.metric in METRICS,
             "checkpointing.metric",
             self.metric,
@@ -484,7 +428,7 @@ class CheckpointingConfig:
             nearest(self.metric, METRICS),
         )
         stores = ("s3://", "gs://", "az://", "file:///")
-        _require(
+        require(
             self.mirror is None or self.mirror.startswith(stores),
             "checkpointing.mirror",
             self.mirror,
@@ -507,9 +451,11 @@ class TrackingConfig:
     """Attach the last and the best checkpoint to the W&B run as an artifact."""
     init_timeout_s: float
     """Seconds that an online run waits for the server before it goes on offline."""
+    secret: str | None
+    """Where the API key is: NAME/KEY of a Kubernetes secret, or the path of a file on the machine of the first rank."""
 
     def __post_init__(self) -> None:
-        _require_range(self, "tracking", log_every_steps=(1, INF), init_timeout_s=(1, INF))
+        require_range(self, "tracking", log_every_steps=(1, INF), init_timeout_s=(1, INF))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -538,29 +484,29 @@ class RunConfig:
     tracking: TrackingConfig
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             RUN_NAME.fullmatch(self.name) is not None,
             "name",
             self.name,
             "must be 1 to 31 characters of a-z, 0-9 and inner hyphens",
             "e.g. name=resnet50-baseline",
         )
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "must be between 0 and 2^63 - 1", "seed=0")
-        _require(
+        require(0 <= self.seed < 2**63, "seed", self.seed, "must be between 0 and 2^63 - 1", "seed=0")
+        require(
             self.max_steps is None or self.max_steps >= 1,
             "max_steps",
             self.max_steps,
             "must be at least 1",
             "leave it out to train recipe.epochs epochs",
         )
-        _require(
+        require(
             self.eval_batch_size >= 1,
             "eval_batch_size",
             self.eval_batch_size,
             "must be at least 1",
             "e.g. eval_batch_size=64",
         )
-        _require(
+        require(
             self.init_from is None or self.model.weights is None,
             "init_from",
             self.init_from,
@@ -572,14 +518,14 @@ class RunConfig:
     def _require_batch_fits(self) -> None:
         batch = self.recipe.global_batch_size
         _, processes = process_range(self.compute.num_processes) or (1, 1)
-        _require(
+        require(
             batch >= processes,
             "recipe.global_batch_size",
             batch,
             f"must be at least compute.num_processes = {processes}, or some process has no image in a step",
             f"recipe.global_batch_size={processes} or compute.num_processes={batch}",
         )
-        _require(
+        require(
             batch >= processes * self.recipe.accumulate,
             "recipe.accumulate",
             self.recipe.accumulate,
@@ -602,6 +548,7 @@ MAY_CHANGE = (
     "data.cache_gib",
     "recipe.on_nan",
     "compute.num_processes",
+    "compute.num_nodes",
     "compute.device",
     "compute.threads_per_process",
     "compute.master_port",

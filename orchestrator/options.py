@@ -113,10 +113,46 @@ class Device(Enum):
     cuda = "cuda"
 
 
-class ClusterKind(Enum):
-    """Where the job goes."""
+class Where(Enum):
+    """The kind of cluster that a job goes to."""
 
     local = "local"
+    ray = "ray"
+    kubernetes = "kubernetes"
+
+
+class JobKind(Enum):
+    """The object that a run is on Kubernetes; `auto` takes the best one that the cluster serves."""
+
+    auto = "auto"
+    job = "job"
+    jobset = "jobset"
+    trainjob = "trainjob"
+    rayjob = "rayjob"
+
+
+class CodeSource(Enum):
+    """The image holds the code, or an archive of this checkout is sent along."""
+
+    image = "image"
+    archive = "archive"
+
+
+class Spread(Enum):
+    """How the nodes of a run lie over `cluster.topology`: anywhere, one in each part, or all in one."""
+
+    any = "any"
+    spread = "spread"
+    pack = "pack"
+
+
+class Placement(Enum):
+    """Ray's placement strategies."""
+
+    PACK = "PACK"
+    SPREAD = "SPREAD"
+    STRICT_PACK = "STRICT_PACK"
+    STRICT_SPREAD = "STRICT_SPREAD"
 
 
 class TrackingMode(Enum):

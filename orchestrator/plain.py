@@ -18,10 +18,14 @@ def to_dict(config: Any) -> dict[str, Any]:
     plain = {}
     for field in fields(config):
         value = getattr(config, field.name)
-        if is_dataclass(value):
-            value = to_dict(value)
-        plain[field.name] = value.name if isinstance(value, Enum) else value
+        plain[field.name] = [_plain(item) for item in value] if isinstance(value, list) else _plain(value)
     return plain
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return to_dict(value)
+    return value.name if isinstance(value, Enum) else value
 
 
 def from_dict(values: Mapping[str, Any], kind: type[Any] = RunConfig, prefix: str = "") -> Any:
@@ -43,6 +47,9 @@ def from_dict(values: Mapping[str, Any], kind: type[Any] = RunConfig, prefix: st
 
 def _typed(value: Any, hint: Any, key: str) -> Any:
     if is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            keys = ", ".join(f"{name}: ..." for name in get_type_hints(hint))
+            raise ConfigError(key, value, "must be a group of keys", f"write {{{keys}}}")
         return from_dict(value, hint, key + ".")  # pyright: ignore[reportArgumentType]
     if isinstance(hint, UnionType):
         if value is None:

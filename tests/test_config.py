@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 from enum import Enum
 from typing import Any
 
@@ -58,6 +59,19 @@ OUT_OF_BOUNDS: dict[str, list[Any]] = {
     "compute.master_port": [-1, 65536],
     "cluster.max_restarts": [-1],
     "cluster.grace_s": [0.5],
+    "compute.num_nodes": [0, 4097],
+    "cluster.cpus_per_process": [0.0, 1025.0],
+    "cluster.memory_gib_per_process": [0.0],
+    "cluster.disk_gib": [-1.0],
+    "cluster.user_id": [0, -1, 2**31],
+    "cluster.lost_node_s": [-1.0],
+    "cluster.start_deadline_s": [-1.0],
+    "cluster.deadline_s": [-1.0],
+    "cluster.ttl_s": [-1.0],
+    "cluster.namespace": ["", "a b", "Team", "-a", "a\n"],
+    "cluster.queue": ["gpus/a"],
+    "cluster.priority": ["high!"],
+    "cluster.service_account": ["system:node"],
     "checkpointing.every_epochs": [-1],
     "checkpointing.every_steps": [-1],
     "checkpointing.keep_last": [0],
@@ -94,6 +108,48 @@ def changed(plain: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     """A copy in which one dotted key has another value."""
     group, _, last = key.rpartition(".")
     return {**plain, group: {**plain[group], last: value}} if group else {**plain, key: value}
+
+
+@pytest.mark.parametrize(("key", "value", "example"), [
+    ("cluster.env", ["1A=x"], "NCCL_DEBUG=WARN"), ("cluster.env", ["A"], "NCCL"), ("cluster.env", ["A=\0"], "NCCL"),
+    ("cluster.node_selector", ["pool"], "pool=a100"), ("cluster.node_selector", ["a b=c"], "pool=a100"),
+    ("cluster.tolerations", ["gpu"], "nvidia.com/gpu:NoSchedule"), ("cluster.tolerations", ["a=b:Never"], "NoSch"),
+    ("cluster.spot", ["spot"], "nvidia.com/gpu:NoSchedule"), ("cluster.pull_secrets", ["Reg"], "registry"),
+    ("cluster.prices", ["cpu"], "cpu=0.04"),
+])  # fmt: skip
+def test_an_entry_of_a_list_is_refused_by_itself_with_an_example(
+    plain: dict[str, Any], key: str, value: list[str], example: str
+) -> None:
+    with pytest.raises(ConfigError, match=example) as caught:
+        from_dict(changed(plain, key, value))
+    assert (caught.value.key, caught.value.value) == (key, value[0])
+
+
+@pytest.mark.parametrize(("volume", "said"), [
+    ({"claim": "Data", "path": "/data", "read_only": True}, "name of a claim"),
+    ({"claim": "data", "path": "data", "read_only": True}, "absolute path"),
+    ({"claim": "data", "path": "/", "read_only": True}, "absolute path"),
+    ({"claim": "data", "path": "/a/../b", "read_only": True}, "absolute path"),
+    ({"claim": "data", "path": "/data:ro", "read_only": True}, "absolute path"),
+    ({"claim": "data", "path": "/data", "read_only": "yes"}, "true or false"),
+    ({"claim": "data", "path": "/data"}, "must be set"), ({"claim": "data", "pth": "/d"}, "did you mean 'path'"),
+    ("data:/data", "claim: ..., path: ..., read_only: ..."),
+])  # fmt: skip
+def test_a_volume_is_refused_with_the_form_that_works(plain: dict[str, Any], volume: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        from_dict(changed(plain, "cluster.volumes", [volume]))
+    assert caught.value.key.startswith("cluster.volumes")
+
+
+def test_volumes_go_through_the_schema_and_back_and_never_share_a_path(plain: dict[str, Any]) -> None:
+    data, runs = ({"claim": name, "path": f"/{name}", "read_only": name == "data"} for name in ("data", "runs"))
+    config = from_dict(changed(plain, "cluster.volumes", [data, runs]))
+    assert to_dict(config)["cluster"]["volumes"] == [data, runs]
+    assert compose(["cluster.volumes=[{claim: runs, path: /runs, read_only: false}]"]).config.cluster.volumes == [
+        from_dict(changed(plain, "cluster.volumes", [runs])).cluster.volumes[0]
+    ]
+    with pytest.raises(ConfigError, match="mounted twice"):
+        from_dict(changed(plain, "cluster.volumes", [data, {**runs, "path": "/data"}]))
 
 
 def cases(table: dict[str, list[Any]]) -> list[Any]:
@@ -215,6 +271,7 @@ def test_the_keys_that_may_change_between_attempts_are_stated_once_and_are_few()
     assert set(MAY_CHANGE) == {
         "cluster", "tracking", "checkpointing", "runs_dir", "data_dir", "eval_batch_size", "data.num_workers",
         "data.prefetch_batches", "data.cache_gib", "recipe.on_nan", "compute.num_processes", "compute.device",
-        "compute.threads_per_process", "compute.master_port", "compute.max_time_s", "compute.check_ranks_every_steps",
+        "compute.num_nodes", "compute.threads_per_process", "compute.master_port", "compute.max_time_s",
+        "compute.check_ranks_every_steps",
     }  # fmt: skip
     assert set(MAY_CHANGE) <= {*GROUPS, *leaf_keys()}

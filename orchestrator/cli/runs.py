@@ -96,7 +96,7 @@ def _dry_run(bundle: Bundle, as_json: bool) -> int:
     facts = {
         "run_id": bundle.run_id,
         "folder": str(bundle.folder),
-        "cluster": config.cluster.kind.name,
+        "cluster": config.cluster.where.name,
         "command": f"torchrun --nproc-per-node {processes} -m jobs.train {bundle.folder}/run.json",
         "processes": processes,
         "model": config.model.name,
