@@ -23,6 +23,10 @@ class LogLine:
 class Backend(Protocol):
     """Runs of one cluster. Every method raises UserError for an id that the cluster does not know."""
 
+    def ids(self) -> list[str]:
+        """Of all runs, the one that was touched last at the end."""
+        ...
+
     def runs(self) -> list[dict[str, Any]]:
         """Facts of each run, as of `track.status.status_of`; what is not known is None."""
         ...
@@ -39,8 +43,8 @@ class Backend(Protocol):
         """Let the run save and stop; `now`: without saving."""
         ...
 
-    def resume(self, run_id: str) -> None:
-        """Go on with a run that was stopped."""
+    def resume(self, run_id: str) -> int | None:
+        """Go on with a run that was stopped; its exit code where this waits for its end, as on this machine."""
         ...
 
     def pull(self, run_id: str, to: Path) -> Path:
