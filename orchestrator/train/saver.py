@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -88,6 +90,9 @@ class Saver:
         self._settings, self._rank, self._fence, self._mirror = settings, rank, fence, mirror
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._idle = threading.Event()
+        self._idle.set()
         self._error: BaseException | None = None
 
     def save(self, state: TrainState, manifest: dict[str, Any], told: Callable[[Saved], None]) -> None:
@@ -103,10 +108,12 @@ class Saver:
             self._write(state.map(lambda key, tensor: tensor.detach().cpu()), ranks, manifest, told)
             self.check()
             return
-        copied = self._snapshot.take(state)
-        arguments = (copied, ranks, manifest, told)
-        self._thread = threading.Thread(target=self._write, args=arguments, daemon=True, name="checkpoint writer")
-        self._thread.start()
+        self._idle.clear()
+        self._work.put(partial(self._write, self._snapshot.take(state), ranks, manifest, told))
+        if self._thread is None:
+            # one for all saves: a thread that starts runs at once, for milliseconds that the next step would wait
+            self._thread = threading.Thread(target=self._write_all, daemon=True, name="checkpoint writer")
+            self._thread.start()
 
     def check(self) -> None:
         """Raise what the writer met since the last call, if anything."""
@@ -117,7 +124,7 @@ class Saver:
 
     @property
     def is_writing(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        return not self._idle.is_set()
 
     def wait(self, mirror_s: float) -> None:
         """Return when the last save is durable, here and in the mirror, which may take `mirror_s`.
@@ -130,15 +137,14 @@ class Saver:
 
     def settle(self) -> None:
         """Return on all ranks when no save is under way on the first one, whatever it met; collective."""
-        if self._thread is not None:
-            self._thread.join()
+        self._idle.wait()
         if self._rank.control is not None:
             dist.barrier(group=self._rank.control)
 
     def close(self) -> None:
         """End without an error of its own: another one may be on its way."""
-        if self._thread is not None:
-            self._thread.join()
+        self._idle.wait()
+        self._work.put(None)
         if self._error is not None:
             log.warning("the last save failed: %s", self._error)
         if self._mirror is not None:
@@ -147,9 +153,7 @@ class Saver:
             self._fence.release()
 
     def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._idle.wait()
         self.check()
 
     def _gather(self) -> list[bytes]:
@@ -161,6 +165,11 @@ class Saver:
         gathered: list[Any] | None = [None] * world.world_size if world.is_first else None
         dist.gather_object(buffer.getvalue(), gathered, group=self._rank.control)
         return gathered or []
+
+    def _write_all(self) -> None:
+        while (write := self._work.get()) is not None:
+            write()
+            self._idle.set()
 
     def _write(
         self, state: TrainState, ranks: Iterable[bytes], manifest: dict[str, Any], told: Callable[[Saved], None]
