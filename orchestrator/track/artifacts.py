@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.track.redact import without_secrets
+from orchestrator.redact import without_secrets
 
 if TYPE_CHECKING:
     from wandb import Run

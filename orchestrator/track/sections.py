@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.track.redact import without_secrets
+from orchestrator.redact import without_secrets
 from orchestrator.track.runs import Event, RunRecord, history, value
 from orchestrator.track.timeline import read_timeline
 from orchestrator.track.words import duration, exit_meaning, first_line, moment, percent, plain, share

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.config import TrackingConfig
-from orchestrator.track.redact import without_secrets
+from orchestrator.redact import without_secrets
 
 if TYPE_CHECKING:
     from wandb import Run, Settings

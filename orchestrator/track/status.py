@@ -93,7 +93,8 @@ def _recent_speed(events: list[Event]) -> float | None:
 
 
 def _checkpoint(events: list[Event], now: float) -> dict[str, Any] | None:
-    saved = next((e for e in reversed(events) if e["kind"] == "save"), None)
+    durable = {e["step"] for e in events if e["kind"] == "saved"}
+    saved = next((e for e in reversed(events) if e["kind"] == "save" and e["step"] in durable), None)
     return saved and {"step": saved["step"], "path": saved.get("path"), "age_s": round(now - saved["t"], 1)}
 
 

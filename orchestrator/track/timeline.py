@@ -127,7 +127,7 @@ def _floor(attempt: AttemptSpan, later: Sequence[AttemptSpan], launcher: Sequenc
         return math.inf
     if any(e["kind"] in ("end", "stop") for events in attempt.ranks.values() for e in events):
         return math.inf
-    saved = [e["step"] for events in attempt.ranks.values() for e in events if e["kind"] == "save"]
+    saved = [e["step"] for events in attempt.ranks.values() for e in events if e["kind"] == "saved"]
     return max([attempt.resumed_at, *saved])
 
 

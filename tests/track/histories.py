@@ -111,6 +111,7 @@ class Simulation:
         if self._step % costs.save_every == 0 or self._step == costs.steps:
             self.spend("checkpoint_stall", costs.save_s)
             self.tell("save")
+            self.tell("saved")
             self._saved, self._unsaved = self._step, {}
 
     def spend(self, phase: str, seconds: float, told: bool = True) -> None:

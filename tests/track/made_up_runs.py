@@ -103,6 +103,7 @@ class MadeUpRun:
                 "val/acc5": fraction((hits + 360) // 2, 360), "seconds": 0.7,
             })  # fmt: skip
             found.append({"kind": "save", "step": step, "seconds": 0.1, "path": f"checkpoints/step_{step:08d}"})
+            found.append({"kind": "saved", "step": step, "write_s": 0.1})
         return found
 
     def result(self, run_id: str) -> dict[str, Any]:

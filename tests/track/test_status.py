@@ -112,3 +112,18 @@ def test_status_loads_no_torch(tmp_path: Path) -> None:
     MadeUpRun(epochs=2).write(tmp_path / "quickstart-0123abcd")
     code = "import sys; from orchestrator.cli.main import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, "status", "--runs-dir", str(tmp_path)], check=True, capture_output=True)
+
+
+def test_a_save_that_was_asked_for_but_is_not_durable_is_no_checkpoint(
+    tmp_path: Path, killed_once: Simulation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_history(tmp_path / "small-00000001", killed_once, "done", [])
+    path = folder / "events" / "rank_0.jsonl"
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    saved = [event["step"] for event in events if event["kind"] == "saved"]
+    path.write_text("".join(
+        json.dumps(event) + "\n" for event in events if (event["kind"], event["step"]) != ("saved", saved[-1])
+    ))  # fmt: skip
+    checkpoint = facts_of(capsys, "--runs-dir", tmp_path)["checkpoint"]
+    assert isinstance(checkpoint, dict)
+    assert checkpoint["step"] == saved[-2] < saved[-1]
