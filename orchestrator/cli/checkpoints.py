@@ -65,11 +65,13 @@ def evaluate(args: argparse.Namespace) -> int:
     from orchestrator.cluster.lock import only_writer
     from orchestrator.data.index import load_index
     from orchestrator.files import read_json
+    from orchestrator.secrets import use_for_stores
     from orchestrator.train.evaluation_job import write_source
     from orchestrator.train.preflight import set_facts
     from orchestrator.train.process import require_device
 
     source = _source(args)
+    use_for_stores(source.config.cluster.store_secret)
     bundle, compute = _evaluation_bundle(source), source.config.compute
     index, processes = load_index(source.config.data.val), local.num_processes(compute)
     require_device(compute, processes)

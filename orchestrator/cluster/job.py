@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
-from orchestrator.options import JobKind, Spread
+from orchestrator.bundle import Bundle, content_of
+from orchestrator.cluster.job_rules import require_sendable
+from orchestrator.cluster_config import ClusterConfig
+from orchestrator.config import RunConfig, process_range
+from orchestrator.options import Device, JobKind, Spread, Where
+from orchestrator.secrets import parse_reference, path_of
 
 RUN_FOLDER = "/etc/orchestrator/run"
 """Where a pod finds run.json."""
 CODE_FOLDER = "/opt/orchestrator/code"
 """Where the archive of the code is unpacked; first on the path."""
-SECRETS_FOLDER = "/etc/orchestrator/secrets"
 MASTER_PORT = 29500
 """On the first node, where nothing else listens: the launchers of all nodes meet here."""
+PROGRAMS = {Where.kubernetes: "jobs.node", Where.ray: "jobs.ray_driver"}
+"""What the cluster starts: on each node, or once for all of them."""
+GIB = 1 << 30
+LEAST_SHM = 64 << 20
+SPARE_BATCHES = 2
+"""Beside those that a loader process keeps ready: one is being filled, one is being used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +40,7 @@ class SecretFile:
 
     @property
     def path(self) -> str:
-        return f"{SECRETS_FOLDER}/{self.purpose}/{self.key}"
+        return str(path_of(self.purpose, f"{self.name}/{self.key}"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +61,7 @@ class Resources:
     """With what lies in /dev/shm."""
     shm_bytes: int
     disk_bytes: int
+    """0: as much as the node gives."""
     gpus: int
     gpu_resource: str
     rdma: str | None
@@ -82,6 +96,7 @@ class JobSpec:
     service_account: str | None
     node_selector: dict[str, str]
     tolerations: tuple[str, ...]
+    """Those of spot nodes among them."""
     spread: Spread
     topology: str
     user_id: int
@@ -91,3 +106,104 @@ class JobSpec:
     start_deadline_s: float
     deadline_s: float
     ttl_s: float
+    avoid_nodes: tuple[str, ...] = ()
+    """Names of nodes that a rank reported unfit (44)."""
+
+
+def job_of(
+    bundle: Bundle, archive_digest: str | None, data: Mapping[str, Any] | None = None, pace_s: float | None = None
+) -> JobSpec:
+    """What `cluster` is to run.
+
+    `data` identifies the shard sets where the submitter could read them; `pace_s`: what a step and a save take
+    together, where that is known. Raises ConfigError for what the cluster could not run or would lose.
+    """
+    config = bundle.config
+    cluster = config.cluster
+    require_sendable(config, bundle.initial.path if bundle.initial else None, archive_digest, pace_s)
+    nodes, processes = config.compute.num_nodes, num_processes(config)
+    program = PROGRAMS[cluster.where]
+    return JobSpec(
+        run_id=bundle.run_id,
+        bundle=content_of(bundle, data or {}),
+        image=cluster.image,
+        pull_secrets=tuple(cluster.pull_secrets),
+        python=cluster.python,
+        command=(cluster.python, "-m", program, f"{RUN_FOLDER}/run.json"),
+        code_digest=bundle.code_digest,
+        archive_digest=archive_digest,
+        num_nodes=nodes,
+        processes_per_node=processes // nodes,
+        resources=_resources(config, processes // nodes),
+        env=_env(config),
+        secrets=_secrets(config),
+        volumes=tuple(Volume(one.claim, one.path, one.read_only) for one in cluster.volumes),
+        node_selector=dict(entry.split("=", 1) for entry in cluster.node_selector),
+        tolerations=(*cluster.tolerations, *cluster.spot),
+        **{field: getattr(cluster, field) for field in AS_CONFIGURED},
+    )
+
+
+AS_CONFIGURED = (
+    "kind", "queue", "priority", "service_account", "spread", "topology", "user_id", "max_restarts", "grace_s",
+    "lost_node_s", "start_deadline_s", "deadline_s", "ttl_s",
+)  # fmt: skip
+
+
+def num_processes(config: RunConfig) -> int:
+    """The most processes that the run may have."""
+    reach = process_range(config.compute.num_processes)
+    assert reach is not None, "auto has been refused"
+    return reach[1]
+
+
+def shm_bytes(config: RunConfig, processes: int) -> int:
+    """What the loaders of one node keep in shared memory: a training and an evaluation batch for each slot."""
+    data = config.data
+    side = max(data.image_size, data.eval_size)
+    images = ceil(config.recipe.global_batch_size / num_processes(config)) + config.eval_batch_size
+    slots = data.num_workers * (data.prefetch_batches + SPARE_BATCHES)
+    return max(LEAST_SHM, processes * slots * images * 3 * side**2)
+
+
+def _resources(config: RunConfig, processes: int) -> Resources:
+    cluster, shm = config.cluster, shm_bytes(config, processes)
+    return Resources(
+        cpus=cluster.cpus_per_process * processes,
+        memory_bytes=round(cluster.memory_gib_per_process * processes * GIB) + shm,
+        shm_bytes=shm,
+        disk_bytes=round(cluster.disk_gib * GIB),
+        gpus=0 if config.compute.device is Device.cpu else processes,
+        gpu_resource=cluster.gpu_resource,
+        rdma=cluster.rdma,
+    )
+
+
+def _env(config: RunConfig) -> dict[str, str]:
+    given = dict(entry.split("=", 1) for entry in config.cluster.env)
+    return {"OMP_NUM_THREADS": str(config.compute.threads_per_process), **given}
+
+
+def _secrets(config: RunConfig) -> tuple[SecretFile, ...]:
+    """Those of Kubernetes; the file of another cluster lies on its nodes, where the config says."""
+    return tuple(
+        SecretFile(purpose, *named)
+        for purpose, reference in references(config).items()
+        if (named := parse_reference(purpose, reference)) is not None
+    )
+
+
+def references(config: RunConfig) -> dict[str, str]:
+    """Where each secret is that the run needs."""
+    every = {"tracking": config.tracking.secret, "store": config.cluster.store_secret}
+    return {purpose: reference for purpose, reference in every.items() if reference}
+
+
+def entrypoint(spec: JobSpec) -> str:
+    """The command as Ray's Jobs API takes it: a line for a shell."""
+    return shlex.join(spec.command)
+
+
+def by_tag(cluster: ClusterConfig) -> bool:
+    """Whether the image may be another one at the next attempt."""
+    return cluster.image is not None and "@sha256:" not in cluster.image

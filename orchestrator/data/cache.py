@@ -168,7 +168,7 @@ class Cache:
 
     @contextmanager
     def _disk_errors(self, shard: Shard) -> Iterator[None]:
-        from orchestrator.data.remote import redact
+        from orchestrator.redact import redact
 
         try:
             yield

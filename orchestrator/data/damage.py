@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from orchestrator.data.index import Shard
 from orchestrator.data.members import BLOCK, read_idx
-from orchestrator.data.remote import redact
 from orchestrator.data.sums import SUFFIX, Sum, crc_at, parse_sums
 from orchestrator.errors import DataError
+from orchestrator.redact import redact
 
 _CHUNK = 1 << 20
 _ANY_LENGTH = 1 << 62

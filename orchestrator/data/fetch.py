@@ -11,10 +11,11 @@ from typing import IO
 from orchestrator.data.cache import Cache
 from orchestrator.data.damage import Damage, DamagedShard, find_damage, known_members
 from orchestrator.data.index import Shard, require_size
-from orchestrator.data.remote import is_url, redact
+from orchestrator.data.remote import is_url
 from orchestrator.data.sums import SUFFIX, Sum, parse_sums
 from orchestrator.data.transfer import Shorter, Transfer, read_all
 from orchestrator.errors import DataError, TransientError
+from orchestrator.redact import redact
 
 WHOLE_TRIES = 2
 """Downloads of a shard whose sha256 is another one: the second tells a faulty line from a faulty file."""

@@ -29,8 +29,9 @@ _KINDS = {"NotFoundError": 404, "PermissionDeniedError": 403, "UnauthenticatedEr
 
 
 def open_object(url: str, offset: int, version: str | None, stall_s: float) -> Reply:
-    """`remote.open_at` for s3, gs and az; credentials and endpoints are those of the environment."""
-    from orchestrator.data.remote import Refused, Reply, redact
+    """`remote.open_at` for s3, gs and az; keys are those of `cluster.store_secret`, else of the environment."""
+    from orchestrator.data.remote import Refused, Reply
+    from orchestrator.redact import redact
 
     child = _Child(url, offset, version, stall_s)
     line = child.line()
@@ -47,6 +48,8 @@ class _Child:
     """The reading process: a line of JSON, then bytes."""
 
     def __init__(self, url: str, offset: int, version: str | None, stall_s: float):
+        from orchestrator.secrets import store_keys
+
         command = [sys.executable, "-P", __file__]  # -P: the modules beside this file are not top-level ones
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
@@ -57,7 +60,8 @@ class _Child:
         self._out = self._process.stdout.fileno()
         with suppress(OSError):  # a user's pipes may hold only so much
             fcntl.fcntl(self._out, fcntl.F_SETPIPE_SZ, CHUNK)
-        request = {"url": url, "offset": offset, "version": version}  # by stdin: every user may read arguments
+        # by stdin: every user may read arguments
+        request = {"url": url, "offset": offset, "version": version, "keys": store_keys()}
         with suppress(BrokenPipeError):  # it died at once; `complaint` says of what
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
 
@@ -76,7 +80,8 @@ class _Child:
         return line
 
     def read1(self, size: int) -> bytes:
-        from orchestrator.data.remote import Refused, redact
+        from orchestrator.data.remote import Refused
+        from orchestrator.redact import redact
 
         if not select.select([self._out], [], [], self._stall_s)[0]:
             raise Refused(f"no byte for {self._stall_s:g} s")
@@ -98,23 +103,28 @@ class _Child:
         self._process.wait()
 
 
-def store_of(url: str) -> tuple[Any, str]:
-    """The store of an address, and the object's path in it: SCHEME://BUCKET/PATH, for az the bucket is a container."""
+def store_of(url: str, keys: dict[str, str]) -> tuple[Any, str]:
+    """The store of an address, and the object's path in it: SCHEME://BUCKET/PATH, for az the bucket is a container.
+
+    `keys`: variables that count before those of the environment.
+    """
     from obstore.store import AzureStore, GCSStore, S3Store
 
     scheme, rest = url.split("://", 1)
     bucket, _, path = rest.partition("/")
     kind = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}[scheme.lower()]
-    plain = any(os.environ.get(name, "").startswith("http://") for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
+    told = {**os.environ, **keys}
+    plain = any(told.get(name, "").startswith("http://") for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
     # the whole transfer has no limit here: the parent ends a child that is silent
     options: dict[str, Any] = {"connect_timeout": f"{CONNECT_S}s", "timeout": "7 days"}
-    if plain or os.environ.get("AWS_ALLOW_HTTP") == "true":
+    if plain or told.get("AWS_ALLOW_HTTP") == "true":
         options["allow_http"] = True
-    return kind(bucket, client_options=options, retry_config={"max_retries": 0}), path
+    config: Any = {name.lower(): value for name, value in keys.items() if name != "AWS_ALLOW_HTTP"}
+    return kind(bucket, config=config, client_options=options, retry_config={"max_retries": 0}), path
 
 
 def _open(request: dict[str, Any]) -> Any:
-    store, path = store_of(request["url"])
+    store, path = store_of(request["url"], request["keys"])
     options: dict[str, Any] = {}
     if request["offset"]:
         options["range"] = {"offset": request["offset"]}

@@ -11,10 +11,11 @@ import numpy as np
 
 from orchestrator.data.damage import DamagedShard
 from orchestrator.data.index import Members, ShardIndex, load_members
-from orchestrator.data.remote import is_url, redact
+from orchestrator.data.remote import is_url
 from orchestrator.data.store import OPEN_TRIES, Counts, ShardStore
 from orchestrator.errors import DataError, TransientError
 from orchestrator.options import OnDamage
+from orchestrator.redact import redact
 
 OPEN_SHARDS = 64
 """At least so many stay open; a rank that reads from more at a time says so."""

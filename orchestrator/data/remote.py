@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,14 +11,13 @@ from typing import IO, Any, cast
 from urllib.parse import urljoin
 
 from orchestrator.errors import DataError
+from orchestrator.redact import redact
 
 WEB = ("http", "https")
 STORES = ("s3", "gs", "az")
 SCHEMES = (*WEB, *STORES)
 ALLOW_PIPE = "ORCHESTRATOR_ALLOW_PIPE"
 
-_USER = re.compile(r"(?<=://)[^/@\s'\"]+@")
-_QUERY = re.compile(r"(?<=[^\s'\"])\?[^\s'\")]+")
 _CHUNK = 1 << 20
 
 
@@ -69,11 +67,6 @@ def _network_errors() -> Iterator[None]:
 
 def is_url(location: str) -> bool:
     return "://" in location or location.startswith("pipe:")
-
-
-def redact(text: str) -> str:
-    """A text without the user names, passwords and signatures of the addresses in it."""
-    return _QUERY.sub("?...", _USER.sub("...@", text))
 
 
 def beside(base: str, name: str) -> str:

@@ -13,9 +13,10 @@ from orchestrator.data.cache import Cache
 from orchestrator.data.damage import DamagedShard
 from orchestrator.data.fetch import damage_of, download, require_present
 from orchestrator.data.index import Shard
-from orchestrator.data.remote import is_url, redact
+from orchestrator.data.remote import is_url
 from orchestrator.data.stamps import Stamps
 from orchestrator.errors import DataError, TransientError
+from orchestrator.redact import redact
 
 THREADS = 2
 MOST_AHEAD = 4

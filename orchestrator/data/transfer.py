@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from threading import Event
 from typing import IO, Any
 
-from orchestrator.data.remote import Refused, Reply, open_at, redact
+from orchestrator.data.remote import Refused, Reply, open_at
 from orchestrator.errors import DataError, TransientError
+from orchestrator.redact import redact
 
 TRIES = 6
 """In a row without progress; bytes of at least `PROGRESS` begin the count anew."""

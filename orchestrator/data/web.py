@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import IO, Any, cast
 
-from orchestrator.data.remote import Refused, Reply, redact
+from orchestrator.data.remote import Refused, Reply
 from orchestrator.errors import DataError
+from orchestrator.redact import redact
 
 CONNECT_S = 10.0
 _RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.config import TrackingConfig
 from orchestrator.redact import without_secrets
+from orchestrator.secrets import read_secret
 
 if TYPE_CHECKING:
     from wandb import Run, Settings
@@ -50,11 +51,11 @@ def open_online(plan: Plan, finishing: threading.Event) -> Run | None:
 
     def attempt() -> None:
         try:
-            wandb.setup(_settings(plan))
+            wandb.setup(_settings_of_session(plan))
             if wandb.login(prompt=False, verify=False):
                 opened.append(init_run(plan, "online"))
             else:
-                reasons.append("no API key (run `wandb login` or set WANDB_API_KEY)")
+                reasons.append("no API key (tracking.secret=FILE, `wandb login` or WANDB_API_KEY gives one)")
         except (Exception, SystemExit) as error:
             reasons.append(first_line(error))
 
@@ -167,6 +168,14 @@ def _settings(plan: Plan) -> Settings:
         x_disable_viewer=True,
         x_save_requirements=False,
     )
+
+
+def _settings_of_session(plan: Plan) -> Settings:
+    """With the API key where `tracking.secret` says where it is: in no variable, which children would inherit."""
+    settings = _settings(plan)
+    if plan.config.secret is not None:
+        settings.api_key = read_secret("tracking", plan.config.secret)
+    return settings
 
 
 def first_line(error: BaseException) -> str:

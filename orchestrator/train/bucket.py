@@ -21,6 +21,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from orchestrator.secrets import store_keys
+
 PIECE = 8 << 20
 CHILD = "import sys; sys.path.append(sys.argv[1]); from orchestrator.train.bucket import main; main()"
 ABSENT = ""
@@ -111,7 +113,8 @@ class Bucket:
         command = [sys.executable, "-P", "-c", CHILD, root]
         self._process = process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         assert process.stdin is not None
-        process.stdin.write(json.dumps({"url": self.url}).encode() + b"\n")  # not as an argument, which all may read
+        first = {"url": self.url, "keys": store_keys()}  # not as arguments, which all may read
+        process.stdin.write(json.dumps(first).encode() + b"\n")
         return process
 
     def _line(self, process: subprocess.Popen[bytes]) -> bytes:
@@ -131,8 +134,8 @@ class Bucket:
 class Server:
     """The other side: one store, one request after the other."""
 
-    def __init__(self, url: str):
-        self._store, self._prefix = _open_store(url)
+    def __init__(self, url: str, keys: dict[str, str]):
+        self._store, self._prefix = _open_store(url, keys)
 
     def put_file(self, key: str, path: str) -> None:
         content = Path(path)
@@ -174,7 +177,7 @@ class Server:
             self._store.delete(self._prefix + key)
 
 
-def _open_store(url: str) -> tuple[Any, str]:
+def _open_store(url: str, keys: dict[str, str]) -> tuple[Any, str]:
     """The store of an address and what every key in it begins with."""
     if url.startswith("file://"):
         from obstore.store import LocalStore
@@ -182,7 +185,7 @@ def _open_store(url: str) -> tuple[Any, str]:
         return LocalStore(url.removeprefix("file://"), mkdir=True), ""
     from orchestrator.data.objects import store_of
 
-    store, path = store_of(url)
+    store, path = store_of(url, keys)
     return store, f"{path}/" if path else ""
 
 
@@ -220,7 +223,7 @@ def main() -> None:
     while True:
         request = json.loads(requests.get())
         try:
-            server = server or Server(first["url"])
+            server = server or Server(first["url"], first["keys"])
         except Exception as error:
             _say({"error": str(error).splitlines()[0], "conflict": False, "passing": False})
             continue

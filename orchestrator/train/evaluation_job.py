@@ -14,6 +14,7 @@ from orchestrator.data.stream import Split, eval_loader
 from orchestrator.errors import DataError
 from orchestrator.files import read_json, write_json
 from orchestrator.model.module import Normalise
+from orchestrator.secrets import use_for_stores
 from orchestrator.train.evaluate import evaluate
 from orchestrator.train.heartbeat import Heartbeat
 from orchestrator.train.loading import Loaded, Source, load
@@ -46,6 +47,7 @@ def run_evaluation(bundle: Bundle, world: World, began: float, heartbeat: Heartb
     device = choose_device(config.compute, world)
     prepare_arithmetic(config.compute, device)
     join_group(world, device)
+    use_for_stores(config.cluster.store_secret)
     index = load_index(config.data.val)
     loaded = load(source, index.classes)
     require_same_classes(loaded, index.classes, config.data.val)

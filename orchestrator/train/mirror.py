@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import CheckpointingConfig
-from orchestrator.data.remote import redact
 from orchestrator.errors import CheckpointError, TransientError
+from orchestrator.redact import redact
 from orchestrator.train.bucket import ABSENT, Bucket, Conflict, StoreError
 from orchestrator.train.checkpoint import LATEST, MANIFEST, SCHEMA, open_checkpoint, read_checkpoint, step_folder
 from orchestrator.train.fence import Fence

@@ -17,6 +17,7 @@ from orchestrator.data.order import TrainPlan
 from orchestrator.data.remote import is_url
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.model.zoo import build_model
+from orchestrator.secrets import use_for_stores
 from orchestrator.train.process import require_device
 from orchestrator.train.virtual import require_shareable
 
@@ -51,7 +52,11 @@ def set_facts(index: ShardIndex) -> dict[str, Any]:
 
 
 def open_sets(config: RunConfig) -> Sets:
-    """Load both indices. Raises DataError or ConfigError where they do not fit the config or each other."""
+    """Load both indices, with the keys of `cluster.store_secret`.
+
+    Raises DataError or ConfigError where they do not fit the config or each other.
+    """
+    use_for_stores(config.cluster.store_secret)
     train, val = load_index(config.data.train), load_index(config.data.val)
     if train.classes != val.classes:
         raise DataError(

@@ -28,11 +28,12 @@ from orchestrator.data.damage import DamagedShard
 from orchestrator.data.fetch import local_path
 from orchestrator.data.index import Shard, load_index
 from orchestrator.data.reader import ShardReader
-from orchestrator.data.remote import beside, open_at, redact
+from orchestrator.data.remote import beside, open_at
 from orchestrator.data.store import Counts, ShardStore
 from orchestrator.data.transfer import read_all
 from orchestrator.data.web import retry_after
 from orchestrator.errors import ConfigError, DataError, NodeError, OrchestratorError, TransientError
+from orchestrator.redact import redact
 
 IMAGE = 400_000
 FORK = multiprocessing.get_context("fork")
