@@ -43,8 +43,6 @@ def load_wheels() -> WheelDecoder | None:
 
 
 def _decode(job: np.void, out: np.ndarray, interpolation: Interpolation) -> int:
-    import simplejpeg
-
     data = read_job(job)
     header = parse_jpeg(data)
     if len(data) != job["size"]:
@@ -53,14 +51,53 @@ def _decode(job: np.void, out: np.ndarray, interpolation: Interpolation) -> int:
         return OTHER
     box, side = job["box"].tolist(), out.shape[2]
     reach = _reach(box, bool(job["clip"]), side, interpolation, header)
+    k = _scale_of(job, side)
+    if k > 1:
+        scaled = _decode_scaled(data, header, k, reach, job)
+        if scaled is None:
+            return OTHER
+        out[int(job["row"])] = _show_between(*scaled, job, side, interpolation)
+        return DONE
     data, left, top = cut_window(data, header, reach) or (end_early(data, header, reach[3]), 0, 0)
-    try:  # not strict: bytes behind an early end are no fault
-        image = simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False, strict=False)
-    except ValueError:
+    image = _decode_all(data)
+    if image is None:
         return OTHER
     inside = box[0] - left, box[1] - top, box[2] - left, box[3] - top
     _resize(image, inside, job, out, interpolation)
     return DONE
+
+
+def _decode_all(data: bytes, **scale: int) -> np.ndarray | None:
+    import simplejpeg
+
+    try:  # not strict: bytes behind an early end are no fault
+        return simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False, strict=False, **scale)
+    except ValueError:
+        return None
+
+
+def _scale_of(job: np.void, side: int) -> int:
+    """Greatest k of 1, 2, 4, 8 such that a DCT of 8 / k points still gives at least `side` pixels each way."""
+    left, top, right, bottom = job["box"].tolist()
+    k = 1
+    while job["scaled"] and k < 8 and min(right - left, bottom - top) >= 2 * k * side:
+        k *= 2
+    return k
+
+
+def _decode_scaled(
+    data: bytes, header: JpegHeader, k: int, reach: tuple[int, int, int, int], job: np.void
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The region of a large box in an image that is smaller by `k`, and the box in it, in fractions of a pixel."""
+    height = min(header.height, reach[3] + k * MARGIN) if header.baseline else header.height
+    least = {"min_width": -(-header.width // k), "min_height": -(-height // k), "min_factor": k}
+    image = _decode_all(end_early(data, header, height), **least)
+    if image is None:
+        return None
+    inner = job["box"].astype(int).tolist() if job["clip"] else reach
+    left, top = inner[0] // k, inner[1] // k
+    region = image[top : -(-inner[3] // k), left : -(-inner[2] // k)]
+    return region, job["box"] / k - np.array([left, top, left, top])
 
 
 def _reach(
@@ -78,11 +115,18 @@ def _resize(
     image: np.ndarray, box: tuple[float, ...], job: np.void, out: np.ndarray, interpolation: Interpolation
 ) -> None:
     row, side = int(job["row"]), out.shape[2]
-    if not job["clip"]:  # a box between pixels: Pillow's arithmetic, at most one level from the kernel's
-        views = Views(np.array([box]), np.array([bool(job["flip"])]), clip=False)
-        out[row] = show(image, views, 0, side, interpolation)
+    if not job["clip"]:
+        out[row] = _show_between(image, np.array(box), job, side, interpolation)
         return
     left, top, right, bottom = map(int, box)
     pixels = torch.from_numpy(image)[top:bottom, left:right].permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(pixels, (side, side), mode=interpolation.name, antialias=True)[0]
     torch.from_numpy(out[row]).copy_(resized.flip(-1) if job["flip"] else resized)
+
+
+def _show_between(
+    image: np.ndarray, box: np.ndarray, job: np.void, side: int, interpolation: Interpolation
+) -> np.ndarray:
+    """A box between pixels: Pillow's arithmetic, at most one level from the kernel's."""
+    views = Views(box[None], np.array([bool(job["flip"])]), clip=False)
+    return show(image, views, 0, side, interpolation)

@@ -141,6 +141,27 @@ def test_boxes_between_pixels_are_within_a_level_between_kernel_and_wheels(cubic
     assert np.abs(shown[0] - shown[2]).max() <= 1 + cubic
 
 
+@pytest.mark.parametrize("sampling", ["420", "444", "progressive", "crop-ready", "Gray"])
+@pytest.mark.parametrize("clip", [True, False])
+def test_large_boxes_by_a_smaller_dct_are_within_a_level_between_kernel_and_wheels(sampling: str, clip: bool) -> None:
+    pixels = picture(517, 389)
+    data = pillow_jpeg(pixels, progressive=True) if sampling == "progressive" else jpeg(
+        pixels, "420" if sampling == "crop-ready" else sampling
+    )  # fmt: skip
+    if sampling == "crop-ready":
+        data = make_crop_ready(data) or b""
+    boxes = [(0, 0, 517, 389), (17, 33, 417, 301), (100, 3, 517, 388), (250, 180, 350, 250), (3, 2, 190, 187)]
+    boxes = boxes if clip else [tuple(edge * 0.993 + 0.3 for edge in box) for box in boxes]
+    for side in (24, 48, 90):
+        shown = []
+        for decoder in (require_kernel(), WheelDecoder()):
+            jobs = jobs_of([data] * len(boxes), boxes, [0, 1, 0, 1, 0], clip=clip)
+            jobs["scaled"] = 1
+            shown.append(decode(decoder, jobs, side).astype(int))
+            assert (jobs["status"] == DONE).all()
+        assert np.abs(shown[0] - shown[1]).max() <= 1
+
+
 @pytest.mark.parametrize(("columns", "wanted"), [
     (1, [1]), (2, [2]), (3, [3]), (4, [4]), (5, [5]), (6, [3, 6]), (7, [7]), (8, [4, 8]), (9, [3, 9]), (10, [5, 10]),
     (14, [7, 14]), (16, [4, 8, 16]), (22, [2, 11, 22]), (23, [1, 23]), (24, [4, 6, 8, 12]), (32, [4, 8, 16, 32]),
