@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 from orchestrator.bundle import Bundle
@@ -20,11 +18,13 @@ from orchestrator.cluster.cause import (
     orderly_end,
     out_of_memory_kills,
 )
-from orchestrator.cluster.group import Group, Start
+from orchestrator.cluster.group import Group, Place, Start
 from orchestrator.cluster.journal import Journal
 from orchestrator.cluster.stacks import Stack, dump_stacks, innermost
+from orchestrator.cluster.stops import StopSignals
 from orchestrator.cluster.watch import Late, find_late, read_signs, steps_done
-from orchestrator.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
+from orchestrator.errors import EXIT_INTERRUPTED
+from orchestrator.train.heartbeat import Sign
 from orchestrator.train.orders import Orders, Request, orders_file
 
 logger = logging.getLogger(__name__)
@@ -33,39 +33,6 @@ WATCH_S = 0.25
 """Between two looks at heartbeats and places."""
 REPEAT_S = 0.5
 """Between two sendings of a request to stop: one that came before a rank listened is lost."""
-EXIT_OF_SIGNAL = {
-    signal.SIGINT: EXIT_INTERRUPTED,
-    signal.SIGTERM: EXIT_TERMINATED,
-    signal.SIGHUP: EXIT_TERMINATED,
-    signal.SIGQUIT: EXIT_INTERRUPTED,
-}
-
-
-@dataclass(slots=True)
-class StopSignals:
-    """Signals that reached the launcher; the most urgent one counts, a second one changes nothing else."""
-
-    received: signal.Signals | None = None
-    t: float = 0.0
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        earlier = {number: signal.signal(number, self._receive) for number in EXIT_OF_SIGNAL}
-        try:
-            yield
-        finally:
-            for number, handler in earlier.items():
-                signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.t = time.monotonic()
-        if self.received is None or EXIT_OF_SIGNAL[signal.Signals(number)] == EXIT_TERMINATED:
-            self.received = signal.Signals(number)
-
-    @property
-    def exit_code(self) -> int | None:
-        return None if self.received is None else EXIT_OF_SIGNAL[self.received]
 
 
 @dataclass(slots=True)
@@ -90,15 +57,20 @@ class Launch:
 
 @dataclass(slots=True)
 class Running:
-    """An attempt under way."""
+    """The part of an attempt that runs on this machine, and what is heard of the others."""
 
     launch: Launch
     number: int
-    world_size: int
-    resize: Callable[[int], Request]
-    """What the places of this machine ask of an attempt that has computed so many steps."""
-    orders: Orders
+    place: Place
     group: Group
+    starved: int
+    """Processes that the kernel had killed for memory before."""
+    adapt: Callable[[int], None] = lambda step: None
+    """Told now and then how many steps have been computed."""
+    stacks_elsewhere: Callable[[], Mapping[int, Stack]] = dict
+    """The stacks of ranks on other machines."""
+    signs_elsewhere: dict[int, Sign] = field(default_factory=dict)
+    """Of the ranks that live on other machines, their times by this one's clock."""
     began: float = field(default_factory=time.monotonic)
     forwarded: float = 0.0
     watched: float = 0.0
@@ -107,56 +79,77 @@ class Running:
     def folder(self):
         return self.launch.bundle.folder
 
-    def signs(self):
-        return read_signs(self.folder, self.number, self.world_size, self.began)
+    def signs(self) -> dict[int, Sign]:
+        return {**self.own_signs(), **self.signs_elsewhere}
+
+    def own_signs(self) -> dict[int, Sign]:
+        return read_signs(self.folder, self.number, self.place.ranks, self.began)
+
+    def own_errors(self) -> list[dict[str, Any]]:
+        """What failing ranks of this machine wrote down."""
+        return [error for error in left_errors(self.folder, self.number) if error["rank"] in self.place.ranks]
+
+    def own_stacks(self) -> dict[int, Stack]:
+        return dump_stacks(self.folder, self.number, self.group.pids)
+
+    def has_starved(self) -> bool:
+        """Whether the kernel has killed a process of this machine for its memory meanwhile."""
+        return out_of_memory_kills() > self.starved
+
+
+def start_ranks(launch: Launch, number: int, place: Place, env: dict[str, str]) -> Running:
+    """Start the ranks of this machine; the caller ends the group."""
+    starved = out_of_memory_kills()
+    threads = {"OMP_NUM_THREADS": str(launch.bundle.config.compute.threads_per_process)}
+    arguments = (*launch.arguments, number, time.time())
+    group = Group(Start(launch.entry, arguments, place, launch.starts, {**threads, **env}))
+    launch.starts += 1
+    return Running(launch, number, place, group, starved)
 
 
 def run_attempt(launch: Launch, number: int, world_size: int, env: dict[str, str], resize: Callable[[int], Request]):
-    """One group of ranks from start to end; returns how it ended and the last step that it computed."""
-    starved = out_of_memory_kills()
+    """One group of ranks from start to end; returns how it ended and the last step that it computed.
+
+    `resize`: what the places of this machine ask of an attempt that has computed so many steps.
+    """
     orders = Orders(orders_file(launch.bundle.folder, number), launch.deadline)
-    arguments = (*launch.arguments, number, time.time())
-    threads = {"OMP_NUM_THREADS": str(launch.bundle.config.compute.threads_per_process)}
-    start = Start(launch.entry, arguments, world_size, launch.port, launch.starts, {**threads, **env})
-    launch.starts += 1
-    running = Running(launch, number, world_size, resize, orders, Group(start))
+    running = start_ranks(launch, number, Place(world_size, launch.port), env)
+    running.adapt = lambda step: orders.ask(resize(step))
     try:
-        ended = _follow(running, starved)
+        ended = _follow(running)
     finally:
         running.group.end()
     return ended, steps_done(running.signs())
 
 
-def _follow(running: Running, starved: int) -> Ended:
+def _follow(running: Running) -> Ended:
     while True:
         codes = running.group.poll(POLL_S)
         failed = {rank: code for rank, code in codes.items() if is_failure(code)}
         if failed:
-            return _failure(running, failed, starved)
-        if len(codes) == running.world_size:
+            return _failure(running, failed)
+        if len(codes) == running.place.world_size:
             return _unless_not_saved(running, orderly_end(codes.values()))
-        ended = _obey_signal(running) or _look(running)
+        ended = obey_signal(running) or look(running)
         if ended:
             return ended
 
 
-def _failure(running: Running, failed: Mapping[int, int], starved: int) -> Ended:
+def _failure(running: Running, failed: Mapping[int, int]) -> Ended:
     running.group.send(signal.SIGKILL)
-    errors = left_errors(running.folder, running.number)
-    out_of_memory = out_of_memory_kills() > starved
-    ended = first_cause(dict(failed), errors, out_of_memory)
+    ended = first_cause(dict(failed), running.own_errors(), running.has_starved())
     if ended.error:
-        _tell_fault(running, ended, "signal" if ended.signal else "exit")
+        tell_fault(running, ended, "signal" if ended.signal else "exit")
     return ended
 
 
 def _unless_not_saved(running: Running, ended: Ended) -> Ended:
     """A stop whose last save failed for a known reason did not stop after saving."""
-    known = [error for error in left_errors(running.folder, running.number) if error["traceback"] is None]
+    known = [error for error in running.own_errors() if error["traceback"] is None]
     return first_cause({}, known) if known else ended
 
 
-def _obey_signal(running: Running) -> Ended | None:
+def obey_signal(running: Running) -> Ended | None:
     """Hand a signal on to the ranks until they have ended, for cluster.grace_s at most."""
     stop, now = running.launch.stop, time.monotonic()
     if stop.exit_code is None:
@@ -168,7 +161,7 @@ def _obey_signal(running: Running) -> Ended | None:
     if now - stop.t < grace_s:
         return None
     ranks = sorted(running.group.pids)
-    stacks = dump_stacks(running.folder, running.number, running.group.pids)
+    stacks = running.own_stacks()
     logger.warning(
         "cluster.grace_s = %g: ranks %s had not saved by then and were killed; the last checkpoint stays",
         grace_s,
@@ -179,23 +172,23 @@ def _obey_signal(running: Running) -> Ended | None:
     return Ended(stop.exit_code)
 
 
-def _look(running: Running) -> Ended | None:
+def look(running: Running) -> Ended | None:
     """Hangs and changes of the places, now and then."""
     now = time.monotonic()
     if now - running.watched < WATCH_S:
         return None
     running.watched = now
     signs = running.signs()
-    living = running.group.pids
+    living = running.group.pids.keys() | running.signs_elsewhere.keys()
     late = [found for found in find_late(signs, running.launch.bundle.config.cluster) if found.rank in living]
     if late:
         return _hung(running, late)
-    running.orders.ask(running.resize(steps_done(signs)))
+    running.adapt(steps_done(signs))
     return None
 
 
 def _hung(running: Running, late: list[Late]) -> Ended:
-    stacks = dump_stacks(running.folder, running.number, running.group.pids)
+    stacks = {**running.own_stacks(), **running.stacks_elsewhere()}
     running.group.send(signal.SIGKILL)
     culprit = choose_culprit(late, stacks)
     stack = stacks.get(culprit.rank, Stack(False, ()))
@@ -205,7 +198,7 @@ def _hung(running: Running, late: list[Late]) -> Ended:
         f"(cluster.{culprit.key} = {budget:g})" + (", stopped by a signal (SIGSTOP)" if stack.stopped else "")
     )
     ended = Ended(1, culprit.rank, error, told_stacks(stacks, culprit.rank), by_itself=True, hung=True)
-    _tell_fault(running, ended, "heartbeat", culprit.phase, culprit.step)
+    tell_fault(running, ended, "heartbeat", culprit.phase, culprit.step)
     return ended
 
 
@@ -229,7 +222,8 @@ def told_stacks(stacks: Mapping[int, Stack], culprit: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _tell_fault(running: Running, ended: Ended, by: str, phase: str | None = None, step: int | None = None) -> None:
+def tell_fault(running: Running, ended: Ended, by: str, phase: str | None = None, step: int | None = None) -> None:
+    """Write the cause into the journal. `by`: what showed it."""
     sign = running.signs().get(ended.rank or 0)
     running.launch.journal.write(
         "fault",
@@ -238,6 +232,7 @@ def _tell_fault(running: Running, ended: Ended, by: str, phase: str | None = Non
         exit_code=ended.exit_code,
         signal=ended.signal,
         error=ended.error,
+        by_itself=ended.by_itself,
         phase=phase or (sign.phase if sign else None),
         step=sign.step if step is None and sign else step,
         detected_by=by,

@@ -17,14 +17,34 @@ KILLED_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Which of a run's processes are on this machine, and where all of them meet."""
+
+    local_world_size: int
+    port: int
+    """Of the store, which a launcher hosts."""
+    node: int = 0
+    num_nodes: int = 1
+    address: str = "127.0.0.1"
+    """Of the machine with the store."""
+
+    @property
+    def world_size(self) -> int:
+        return self.local_world_size * self.num_nodes
+
+    @property
+    def ranks(self) -> range:
+        first = self.node * self.local_world_size
+        return range(first, first + self.local_world_size)
+
+
+@dataclass(frozen=True, slots=True)
 class Start:
     """What each process of a group calls, and where they meet."""
 
     entry: Callable[..., None]
     arguments: tuple[Any, ...]
-    world_size: int
-    port: int
-    """Of the store on this machine that all attempts of a run share."""
+    place: Place
     restart: int
     """Groups before this one; it keeps their addresses in the store apart."""
     env: dict[str, str]
@@ -37,7 +57,7 @@ class Group:
         context = multiprocessing.get_context("forkserver")
         self._processes = {
             rank: context.Process(target=_enter, args=(rank_env(start, rank), start.entry, start.arguments))
-            for rank in range(start.world_size)
+            for rank in start.place.ranks
         }
         self._ended: dict[int, int] = {}
         for process in self._processes.values():
@@ -80,15 +100,16 @@ class Group:
 
 def rank_env(start: Start, rank: int) -> dict[str, str]:
     """The variables by which a process knows its place."""
+    place = start.place
     return {
         **start.env,
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "WORLD_SIZE": str(start.world_size),
-        "LOCAL_WORLD_SIZE": str(start.world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(start.port),
+        "LOCAL_RANK": str(rank - place.ranks.start),
+        "GROUP_RANK": str(place.node),
+        "WORLD_SIZE": str(place.world_size),
+        "LOCAL_WORLD_SIZE": str(place.local_world_size),
+        "MASTER_ADDR": place.address,
+        "MASTER_PORT": str(place.port),
         "TORCHELASTIC_RESTART_COUNT": str(start.restart),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is the launcher's: no rank hosts it
     }

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.bundle import Bundle
-from orchestrator.cluster.attempt import Launch, StopSignals, run_attempt
+from orchestrator.cluster.attempt import Launch, run_attempt
 from orchestrator.cluster.cause import Ended
 from orchestrator.cluster.journal import Journal
 from orchestrator.cluster.places import Places, num_processes
 from orchestrator.cluster.restarts import Attempt, Verdict, count_restarts, decide
+from orchestrator.cluster.stops import StopSignals
 from orchestrator.config import ComputeConfig
 from orchestrator.errors import EXIT_RESIZED, EXIT_STOPPED, ConfigError
 from orchestrator.files import remove_halves

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +31,10 @@ class Late:
     """Of the budget that it has used up."""
 
 
-def read_signs(folder: Path, attempt: int, world_size: int, began: float) -> dict[int, Sign]:
+def read_signs(folder: Path, attempt: int, ranks: Iterable[int], began: float) -> dict[int, Sign]:
     """Each rank's newest sign of life. `began`: time.monotonic() that stands for one that has given none yet."""
     none = Sign(0, "start", 0, began, 0)
-    return {rank: read_sign(heartbeat_file(folder, attempt, rank)) or none for rank in range(world_size)}
+    return {rank: read_sign(heartbeat_file(folder, attempt, rank)) or none for rank in ranks}
 
 
 def steps_done(signs: Mapping[int, Sign]) -> int:
