@@ -1,0 +1,44 @@
+"""A fake API server for each test, and the product's shell that talks to it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fake_api import TOKEN, FakeApi
+
+from orchestrator.cluster.kubernetes import api as shell
+from orchestrator.cluster.kubernetes.api import Api
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeApi]:
+    fake = FakeApi()
+    write_kubeconfig(tmp_path / "kubeconfig", fake.url)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    monkeypatch.setattr(shell, "PAUSES_S", (0.01, 0.02))
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def api(server: FakeApi) -> Api:
+    return shell.connect()
+
+
+def write_kubeconfig(path: Path, url: str, token: str = TOKEN) -> None:
+    """JSON is YAML."""
+    one = {"name": "test", "context": {"cluster": "test", "user": "ada"}}
+    other = {"name": "staging", "context": {"cluster": "test", "user": "ada", "namespace": "vision"}}
+    content = {
+        "apiVersion": "v1", "kind": "Config", "current-context": "test", "contexts": [one, other],
+        "clusters": [{"name": "test", "cluster": {"server": url}}],
+        "users": [{"name": "ada", "user": {"token": token}}],
+    }  # fmt: skip
+    path.write_text(json.dumps(content))
