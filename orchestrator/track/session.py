@@ -51,7 +51,7 @@ def open_online(plan: Plan, finishing: threading.Event) -> Run | None:
 
     def attempt() -> None:
         try:
-            wandb.setup(_settings_of_session(plan))
+            _begin_session(plan)
             if wandb.login(prompt=False, verify=False):
                 opened.append(init_run(plan, "online"))
             else:
@@ -170,12 +170,14 @@ def _settings(plan: Plan) -> Settings:
     )
 
 
-def _settings_of_session(plan: Plan) -> Settings:
-    """With the API key where `tracking.secret` says where it is: in no variable, which children would inherit."""
-    settings = _settings(plan)
+def _begin_session(plan: Plan) -> None:
+    """With the API key where `tracking.secret` says where it is: in no variable, which children would inherit, and in
+    no netrc file, into which `wandb.login(key=...)` would write it."""
+    import wandb
+
+    server = wandb.setup(_settings(plan)).settings.base_url
     if plan.config.secret is not None:
-        settings.api_key = read_secret("tracking", plan.config.secret)
-    return settings
+        wandb.setup(wandb.Settings(base_url=server, api_key=read_secret("tracking", plan.config.secret)))
 
 
 def first_line(error: BaseException) -> str:

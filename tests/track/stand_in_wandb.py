@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 from collections import defaultdict
@@ -23,6 +24,8 @@ class StandInWandb:
         self.used: list[dict[str, Any]] = []
         self.puts: dict[str, bytes] = {}
         self.bodies: list[bytes] = []
+        self.keys: set[str] = set()
+        """API keys with which requests came."""
         self.released = threading.Event()
         self._server = _Server(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -138,6 +141,8 @@ def _handler(world: StandInWandb) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             body = self._body()
             world.bodies.append(body)
+            credentials = self.headers.get("Authorization", "").removeprefix("Basic ")
+            world.keys.add(base64.b64decode(credentials).decode().removeprefix("api:"))
             if world.behave == "hang":
                 world.released.wait(60)
             elif world.behave == "throttle":

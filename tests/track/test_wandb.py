@@ -40,9 +40,10 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     session.end_service()
 
 
-def config(mode: str, init_timeout_s: float = 2.0) -> TrackingConfig:
+def config(mode: str, init_timeout_s: float = 2.0, secret: str | None = None) -> TrackingConfig:
     return TrackingConfig(mode=TrackingMode(mode), entity=None, project="orchestrator", group="g", tags=["t"],
-                          log_every_steps=10, upload_checkpoint=True, init_timeout_s=init_timeout_s)  # fmt: skip
+                          log_every_steps=10, upload_checkpoint=True, init_timeout_s=init_timeout_s,
+                          secret=secret)  # fmt: skip
 
 
 def run_config() -> dict[str, Any]:
@@ -224,6 +225,35 @@ def test_what_a_server_lost_can_be_synced_later(tmp_path: Path, monkeypatch: pyt
         assert logged_steps(server.history) == STEPS
 
 
+def test_the_key_comes_from_the_file_that_is_named_and_goes_into_no_variable_and_no_netrc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    key, file = "b" * 40, tmp_path / "key"
+    file.write_text(f"{key}\n")
+    file.chmod(0o600)
+    with StandInWandb() as server:
+        point_at(monkeypatch, server.url)
+        tracker, advice, _ = mirror_a_run(tmp_path / "run", config("online", 20.0, secret=str(file)), timeout_s=30.0)
+        assert (advice, tracker.url is not None) == (None, True)
+        assert server.keys == {key}
+    assert key not in os.environ.values()
+    assert not list((tmp_path / "home").rglob(".netrc"))
+    written = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert not [content for content in written if key.encode() in content]
+
+
+def test_a_key_that_everybody_may_read_is_not_used_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    file = tmp_path / "key"
+    file.write_text("b" * 40)
+    file.chmod(0o644)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
+    mirror_a_run(tmp_path / "run", config("online", 5.0, secret=str(file)))
+    assert f"chmod 600 {file}" in caplog.text
+    assert "goes on offline" in caplog.text
+
+
 def test_without_an_api_key_nobody_is_asked_for_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
@@ -242,7 +272,7 @@ from orchestrator.config import TrackingConfig
 from orchestrator.options import TrackingMode
 from orchestrator.track.wandb import start
 c = TrackingConfig(mode=TrackingMode.disabled, entity=None, project="p", group=None, tags=[], log_every_steps=1,
-                   upload_checkpoint=True, init_timeout_s=1.0)
+                   upload_checkpoint=True, init_timeout_s=1.0, secret=None)
 t = start(c, Path("run"), "id", "name", {}, None)
 t.log({"global_step": 1})
 t.log_checkpoint(Path("x"), [], {})
@@ -267,7 +297,7 @@ from orchestrator.config import TrackingConfig
 from orchestrator.options import TrackingMode
 from orchestrator.track.wandb import start
 c = TrackingConfig(mode=TrackingMode.online, entity=None, project="p", group=None, tags=[], log_every_steps=1,
-                   upload_checkpoint=True, init_timeout_s=1.0)
+                   upload_checkpoint=True, init_timeout_s=1.0, secret=None)
 t = start(c, Path("run"), "{RUN_ID}", "name", {{}}, None)
 for i in range(100):
     t.log({{"global_step": i, "train/loss": 0.5}})
