@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from test_index import make_set
 
+from orchestrator import secrets
 from orchestrator.data import objects, transfer
 from orchestrator.data.index import Shard, ShardIndex, load_index
 from orchestrator.data.objects import shorten, status_of
@@ -28,6 +29,7 @@ from orchestrator.data.reader import ShardReader
 from orchestrator.data.remote import Refused, Reply, open_at
 from orchestrator.data.store import Counts, ShardStore
 from orchestrator.errors import DataError, TransientError
+from orchestrator.train.bucket import Bucket
 
 weed = shutil.which("weed", path=str(Path(sys.executable).parent))
 pytestmark = pytest.mark.skipif(weed is None, reason="no SeaweedFS (`weed`) in this environment")
@@ -207,6 +209,21 @@ def test_mistakes_are_named_at_once_and_without_the_secret(
     assert time.monotonic() - began < 10
     assert "canary" not in str(caught.value)
     assert index.shards
+
+
+def test_keys_in_a_file_count_before_those_of_the_environment_for_reading_and_for_writing(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-in-the-environment")
+    file = tmp_path / "keys"
+    file.write_text(f"AWS_ACCESS_KEY_ID={KEY}\nAWS_SECRET_ACCESS_KEY={SECRET}\n")
+    file.chmod(0o600)
+    monkeypatch.setattr(secrets, "_FOR_STORES", [str(file)])
+    assert load_index(f"s3://{BUCKET}/sets/a").digest == index.digest
+    bucket = Bucket(f"s3://{BUCKET}/kept")
+    bucket.put("x", b"content")
+    assert (bucket.get("x") or ("",))[0] == b"content"
+    bucket.close()
 
 
 def test_a_shard_that_is_missing_in_the_bucket_is_named(index: ShardIndex) -> None:
