@@ -69,7 +69,7 @@ def freeze(composed: Composed, initial: Initial | None = None) -> Bundle:
         config_hash=_hash_json(plain),
         overrides=composed.overrides,
         sources=composed.sources,
-        code_digest=_code_digest(code),
+        code_digest=imported_code(),
         lock_digest=hash_file(lock) if lock.is_file() else None,
         versions=_versions(),
         git=_git_state(code.parent),
@@ -105,8 +105,13 @@ def run_id(config: RunConfig, initial: Initial | None = None) -> str:
 
 def write_bundle(bundle: Bundle, path: Path, data: Mapping[str, Any]) -> None:
     """Write ``run.json`` atomically; `data` identifies the shard sets by split."""
-    facts = {**asdict(bundle), "config": to_dict(bundle.config)}
-    write_json(path, {"schema": SCHEMA, "name": bundle.config.name, **facts, "data": data})
+    write_json(path, content_of(bundle, data))
+
+
+def content_of(bundle: Bundle, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``run.json`` holds, as plain JSON values."""
+    facts = {**asdict(bundle), "overrides": list(bundle.overrides), "config": to_dict(bundle.config)}
+    return {"schema": SCHEMA, "name": bundle.config.name, **facts, "data": dict(data)}
 
 
 def load_bundle(path: Path) -> Bundle:
@@ -132,9 +137,9 @@ def _hash_json(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _code_digest(package: Path) -> str:
-    """sha256 over names and bytes of the package's sources."""
-    digest = hashlib.sha256()
+def imported_code() -> str:
+    """sha256 over names and bytes of the sources of the package that this process imported."""
+    package, digest = Path(__file__).parent, hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(package)}\0{len(content)}\0".encode() + content)

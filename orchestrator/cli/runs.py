@@ -130,23 +130,26 @@ def _launch(bundle: Bundle, as_json: bool, began: float) -> int:
     from orchestrator.bundle import write_bundle
     from orchestrator.cluster.local import free_port, num_processes
     from orchestrator.cluster.lock import only_writer
+    from orchestrator.cluster.record import conclude, is_finished, warning_of_other_code
     from orchestrator.train.earlier import tell_earlier
     from orchestrator.train.preflight import check_run
 
     sets = check_run(bundle.config, num_processes(bundle.config.compute))
     free_port(bundle.config.compute)
     with only_writer(bundle.folder):
-        if _state(bundle) == "already finished":
+        if is_finished(bundle.folder):
             note(f"run {bundle.run_id} is already finished; another seed or name starts a new one")
             _show(bundle, as_json, None)
             return EXIT_DONE
-        _warn_of_other_code(bundle)
+        if other := warning_of_other_code(bundle):
+            note(other)
         if earlier := tell_earlier(bundle):
             note(earlier)
         write_bundle(bundle, bundle.folder / "run.json", sets.facts())
         ended = _run(bundle, began)
     with _deaf_to_stops():
-        _conclude(bundle, ended)
+        if missing := conclude(bundle, ended):
+            note(missing)
         _show(bundle, as_json, time.time() - began)
         if ended.error:
             tell_cause(bundle, ended)
@@ -173,44 +176,6 @@ def _run(bundle: Bundle, began: float) -> Ended:
     what = f"{config.model.name} on {config.data.name}, {num_processes(config.compute)} processes"
     note(f"run {bundle.run_id}: {what}, tracking {config.tracking.mode.name}")
     return run_attempts(bundle, rank, (str(bundle.folder / "run.json"),), began)
-
-
-def _warn_of_other_code(bundle: Bundle) -> None:
-    from orchestrator.files import read_json
-
-    path = bundle.folder / "run.json"
-    if path.exists():
-        earlier = read_json(path)["code_digest"]
-        if earlier != bundle.code_digest:
-            note(f"warning: this run was started by other code ({earlier[:12]}, now {bundle.code_digest[:12]})")
-
-
-def _conclude(bundle: Bundle, ended: Ended) -> None:
-    """What only the launcher can write: a result where the ranks left none, and the report of whatever came out."""
-    from orchestrator.track.report import write_report
-    from orchestrator.train.outcome import record_failure, record_stop
-
-    if ended.error:
-        record_failure(bundle, ended.exit_code, ended.rank, ended.error)
-    elif ended.exit_code:
-        record_stop(bundle, ended.exit_code)
-    _record_time(bundle)
-    try:
-        write_report(bundle.folder)
-    except Exception as error:  # the exit code is a contract about the run, which a page must not break
-        note(f"warning: no report.html ({type(error).__name__}: {error})")
-
-
-def _record_time(bundle: Bundle) -> None:
-    """The seconds of all ranks and of what lay between the attempts, which no rank can know."""
-    from orchestrator.files import read_json, write_json
-    from orchestrator.track.goodput import measure_run
-    from orchestrator.track.runs import load_run
-
-    came, path = measure_run(load_run(bundle.folder)), bundle.folder / "result.json"
-    if came.seconds and path.exists():
-        seconds = {phase: round(spent, 3) for phase, spent in came.seconds.items()}
-        write_json(path, {**read_json(path), "seconds": seconds})
 
 
 def _show(bundle: Bundle, as_json: bool, seconds: float | None) -> None:

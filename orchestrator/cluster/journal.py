@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.files import ends_torn
+from orchestrator.track.runs import Event, read_events
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +19,10 @@ class Journal:
 
     def __init__(self, folder: Path):
         self._path = folder / "events" / "launcher.jsonl"
+
+    def read(self) -> list[Event]:
+        """What it holds so far; lines that a kill tore are left out."""
+        return read_events(self._path)
 
     def write(self, kind: str, attempt: int, t: float | None = None, **facts: Any) -> None:
         event = {"t": round(t or time.time(), 3), "attempt": attempt, "kind": kind, **facts}

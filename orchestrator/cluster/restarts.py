@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from orchestrator.cluster.cause import FINAL, Ended
-from orchestrator.errors import EXIT_NO_PROGRESS, EXIT_RESIZED
+from orchestrator.errors import EXIT_NO_PROGRESS, EXIT_RESIZED, EXIT_TERMINATED
 
 TRIES = 3
 """Attempts running that may fail by themselves without getting a step further."""
 LONGEST_PAUSE_S = 300.0
+MENDED = FINAL - {EXIT_TERMINATED}
+"""Ends after which a person starts the run again, with other tries: not a preemption, after which a cluster does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +39,35 @@ def decide(attempts: Sequence[Attempt], max_restarts: int, backoff_s: float) -> 
     last = attempts[-1].ended
     if last.exit_code == EXIT_RESIZED:
         return Verdict(None)
-    if last.exit_code in FINAL:
-        return Verdict(last)
-    if fruitless(attempts) >= TRIES:
-        return Verdict(_no_progress(attempts))
+    if final := final_end(attempts):
+        return Verdict(final)
     if count_restarts(attempts) > max_restarts:
         return Verdict(last)
     return Verdict(None, pause_s(attempts, backoff_s))
+
+
+def final_end(attempts: Sequence[Attempt]) -> Ended | None:
+    """How the run ends whatever restarts are left; None where another attempt may mend it."""
+    last = attempts[-1].ended
+    if last.exit_code in FINAL:
+        return last
+    return _no_progress(attempts) if fruitless(attempts) >= TRIES else None
+
+
+def read_attempts(events: Iterable[Mapping[str, Any]]) -> list[Attempt]:
+    """Those that the journal tells of, since the last one after which somebody had to start the run again.
+
+    An attempt whose launcher was killed has told nothing and is none of the run's own failures.
+    """
+    attempts: dict[int, Attempt] = {}
+    for event in events:
+        if event["kind"] == "end" and event["exit_code"] in MENDED:
+            attempts = {}
+        elif event["kind"] == "fault":
+            own = bool(event.get("by_itself"))
+            ended = Ended(event["exit_code"], event["rank"], event["error"], signal=event["signal"], by_itself=own)
+            attempts[event["attempt"]] = Attempt(ended, event["step"] or 0)
+    return list(attempts.values())
 
 
 def count_restarts(attempts: Sequence[Attempt]) -> int:

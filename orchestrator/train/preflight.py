@@ -67,13 +67,16 @@ def open_sets(config: RunConfig) -> Sets:
     return Sets(train, val, head_size(config, train))
 
 
-def check_run(config: RunConfig, processes: int) -> Sets:
-    """All that can be known to be wrong before the run's folder exists: data, sizes, device, model."""
+def check_run(config: RunConfig, processes: int, on_this_machine: int | None = None) -> Sets:
+    """All that can be known to be wrong before the run's folder exists: data, sizes, device, model.
+
+    `processes`: the world size; `on_this_machine`: where that is less.
+    """
     sets = open_sets(config)
     slices = require_shareable(config.compute.virtual_ranks, process_range(config.compute.num_processes), processes)
     sets.plan(config).require_fits(slices, config.recipe.accumulate)
     _require_local_shards([*sets.train.shards, *sets.val.shards])
-    require_device(config.compute, processes)
+    require_device(config.compute, on_this_machine or processes)
     _require_model(config, sets.num_classes)
     return sets
 

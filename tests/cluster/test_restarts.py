@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from orchestrator.cluster.cause import Ended
-from orchestrator.cluster.restarts import LONGEST_PAUSE_S, Attempt, decide, fruitless, pause_s
+from orchestrator.cluster.restarts import (
+    LONGEST_PAUSE_S,
+    Attempt,
+    decide,
+    final_end,
+    fruitless,
+    pause_s,
+    read_attempts,
+)
 
 OWN = Ended(1, 0, "ArithmeticError: x", by_itself=True)
 KILLED = Ended(137, 1, "killed by SIGKILL")
@@ -94,3 +103,39 @@ def test_the_cause_of_no_progress_keeps_its_traceback() -> None:
     verdict = decide(attempts((own, 1), (own, 1), (own, 1)), 9, 0.0).ended
     assert verdict is not None
     assert verdict.traceback == own.traceback
+
+
+def fault(attempt: int, step: int, by_itself: bool = True) -> dict[str, Any]:
+    facts = {"rank": 1, "exit_code": 1, "signal": None, "error": "ArithmeticError: x", "by_itself": by_itself}
+    return {"kind": "fault", "attempt": attempt, "step": step, **facts}
+
+
+def end(attempt: int, exit_code: int) -> dict[str, Any]:
+    return {"kind": "end", "attempt": attempt, "exit_code": exit_code}
+
+
+def test_failures_of_earlier_lives_count_as_the_journal_tells_them() -> None:
+    journal = [event for number in (1, 2, 3) for event in (fault(number, 6), end(number, 1))]
+    assert final_end(read_attempts(journal[:4])) is None
+    ended = final_end(read_attempts(journal))
+    assert ended is not None
+    assert (ended.exit_code, ended.rank) == (43, 1)
+    assert "3 attempts without getting beyond step 6, at last so: ArithmeticError: x" in str(ended.error)
+
+
+def test_a_preemption_between_them_neither_counts_nor_forgives() -> None:
+    journal = [fault(1, 6), fault(2, 6), end(3, 143), fault(4, 6, by_itself=False)]
+    assert final_end(read_attempts(journal)) is None
+    assert final_end(read_attempts([*journal, fault(5, 6)])) is not None
+
+
+@pytest.mark.parametrize("code", [42, 43, 45, 130])
+def test_somebody_who_starts_a_run_again_has_all_tries_anew(code: int) -> None:
+    journal = [fault(1, 6), fault(2, 6), fault(3, 6), end(3, code), fault(4, 6)]
+    assert final_end(read_attempts(journal)) is None
+    assert [attempt.step for attempt in read_attempts(journal)] == [6]
+
+
+def test_a_journal_of_before_that_does_not_say_whose_failure_it_was_counts_none() -> None:
+    old = {key: value for key, value in fault(1, 6).items() if key != "by_itself"}
+    assert final_end(read_attempts([old] * 3 + [old])) is None
