@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
@@ -10,7 +9,6 @@ from typing import Any
 
 from orchestrator.bundle import Bundle, content_of
 from orchestrator.cluster.job_rules import require_sendable
-from orchestrator.cluster_config import ClusterConfig
 from orchestrator.config import RunConfig, process_range
 from orchestrator.options import Device, JobKind, Spread, Where
 from orchestrator.secrets import parse_reference, path_of
@@ -21,8 +19,8 @@ CODE_FOLDER = "/opt/orchestrator/code"
 """Where the archive of the code is unpacked; first on the path."""
 MASTER_PORT = 29500
 """On the first node, where nothing else listens: the launchers of all nodes meet here."""
-PROGRAMS = {Where.kubernetes: "jobs.node", Where.ray: "jobs.ray_driver"}
-"""What the cluster starts: on each node, or once for all of them."""
+NODE, DRIVER = "jobs.node", "jobs.ray_driver"
+"""What a cluster starts: the launcher of each node, or one driver for all that Ray places."""
 GIB = 1 << 30
 LEAST_SHM = 64 << 20
 SPARE_BATCHES = 2
@@ -122,14 +120,14 @@ def job_of(
     cluster = config.cluster
     require_sendable(config, bundle.initial.path if bundle.initial else None, archive_digest, pace_s)
     nodes, processes = config.compute.num_nodes, num_processes(config)
-    program = PROGRAMS[cluster.where]
+    program = DRIVER if cluster.where is Where.ray else NODE
     return JobSpec(
         run_id=bundle.run_id,
         bundle=content_of(bundle, data or {}),
         image=cluster.image,
         pull_secrets=tuple(cluster.pull_secrets),
         python=cluster.python,
-        command=(cluster.python, "-m", program, f"{RUN_FOLDER}/run.json"),
+        command=command_of(cluster.python, program),
         code_digest=bundle.code_digest,
         archive_digest=archive_digest,
         num_nodes=nodes,
@@ -148,6 +146,10 @@ AS_CONFIGURED = (
     "kind", "queue", "priority", "service_account", "spread", "topology", "user_id", "max_restarts", "grace_s",
     "lost_node_s", "start_deadline_s", "deadline_s", "ttl_s",
 )  # fmt: skip
+
+
+def command_of(python: str, program: str) -> tuple[str, ...]:
+    return (python, "-m", program, f"{RUN_FOLDER}/run.json")
 
 
 def num_processes(config: RunConfig) -> int:
@@ -197,13 +199,3 @@ def references(config: RunConfig) -> dict[str, str]:
     """Where each secret is that the run needs."""
     every = {"tracking": config.tracking.secret, "store": config.cluster.store_secret}
     return {purpose: reference for purpose, reference in every.items() if reference}
-
-
-def entrypoint(spec: JobSpec) -> str:
-    """The command as Ray's Jobs API takes it: a line for a shell."""
-    return shlex.join(spec.command)
-
-
-def by_tag(cluster: ClusterConfig) -> bool:
-    """Whether the image may be another one at the next attempt."""
-    return cluster.image is not None and "@sha256:" not in cluster.image
