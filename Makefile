@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart check format test test-faults test-all fault-table bench gpu-check docs lock clean
+.PHONY: help install quickstart check format test test-faults test-all fault-table golden bench gpu-check docs lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ fault-table: install  ## every fault on every rank in every phase, and the table
 
 test-all: install  ## the slow tests too
 	$(BIN)/pytest -m "not gpu"
+
+golden: install  ## write the golden manifests anew; read the difference before you commit it
+	REWRITE_GOLDEN=1 $(BIN)/pytest -q tests/cluster/kubernetes/test_golden.py
 
 bench: install  ## the figures of the README, paired, medians
 	$(BIN)/python -m tests.bench

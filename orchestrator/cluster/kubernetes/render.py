@@ -10,6 +10,7 @@ from typing import Any
 from orchestrator.cluster.job import JobSpec
 from orchestrator.cluster.kubernetes import pod, rayjob, retries
 from orchestrator.cluster.kubernetes.mounts import code_name, run_name
+from orchestrator.cluster.kubernetes.states import QUEUE
 from orchestrator.cluster.kubernetes.templates import template
 from orchestrator.errors import ConfigError
 from orchestrator.options import JobKind
@@ -19,7 +20,6 @@ ROLE = "node"
 """Name of the one replicated Job of a JobSet; its pods are RUN-node-0-N."""
 LARGEST_ARCHIVE = 900 << 10
 """Bytes: an object may have 1 MiB, and the archive grows by a third as text."""
-QUEUE = "kueue.x-k8s.io/queue-name"
 QUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
 START_DEADLINE = "orchestrator/start-deadline-s"
 """Annotation: nothing in a cluster ends a run that never starts, so who looks at it does."""

@@ -56,7 +56,7 @@ def _items(node: Any, values: Mapping[str, Any]) -> list[Any]:
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, dict | list | str) and not value)
+    return value is None or (isinstance(value, dict | list) and not value)
 
 
 class _Dumper(yaml.SafeDumper):
