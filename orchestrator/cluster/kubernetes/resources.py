@@ -58,22 +58,18 @@ PRIORITY = Resource("scheduling.k8s.io/v1", "priorityclasses", "PriorityClass", 
 QUEUE = Resource("kueue.x-k8s.io/v1beta1", "localqueues", "LocalQueue")
 WORKLOAD = Resource("kueue.x-k8s.io/v1beta1", "workloads", "Workload")
 QUEUE_PRIORITY = Resource("kueue.x-k8s.io/v1beta1", "workloadpriorityclasses", "WorkloadPriorityClass", False)
+NETWORK_POLICY = Resource("networking.k8s.io/v1", "networkpolicies", "NetworkPolicy")
+TRAINING_RUNTIME = Resource("trainer.kubeflow.org/v1alpha1", "trainingruntimes", "TrainingRuntime")
 ACCESS_REVIEW = Resource("authorization.k8s.io/v1", "selfsubjectaccessreviews", "SelfSubjectAccessReview", False)
 
 KINDS = {JobKind.job: JOB, JobKind.jobset: JOBSET, JobKind.trainjob: TRAINJOB, JobKind.rayjob: RAYJOB}
 """What a run is, by `cluster.kind`."""
-OTHERS = {
-    "NetworkPolicy": "networkpolicies",
-    "TrainingRuntime": "trainingruntimes",
-}
+SENT = {one.kind: one for one in (*KINDS.values(), CONFIG_MAP, SERVICE, NETWORK_POLICY, TRAINING_RUNTIME)}
 
 
 def resource_of(obj: dict[str, Any]) -> Resource:
-    """Where an object belongs that is about to be created."""
-    kind = obj["kind"]
-    known = [*KINDS.values(), CONFIG_MAP, SERVICE, POD, CLAIM]
-    plural = next((one.plural for one in known if one.kind == kind), OTHERS.get(kind, f"{kind.lower()}s"))
-    return Resource(obj["apiVersion"], plural, kind)
+    """Where an object of a run belongs."""
+    return SENT[obj["kind"]]
 
 
 def is_run(obj: dict[str, Any]) -> bool:

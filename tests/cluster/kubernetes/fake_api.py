@@ -25,7 +25,8 @@ SERVED = {
     "/api/v1": ["pods", "configmaps", "services", "events", "secrets", "persistentvolumeclaims", "serviceaccounts"],
     "/apis/batch/v1": ["jobs"],
     "/apis/jobset.x-k8s.io/v1alpha2": ["jobsets"],
-    "/apis/trainer.kubeflow.org/v1alpha1": ["trainjobs"],
+    "/apis/trainer.kubeflow.org/v1alpha1": ["trainjobs", "trainingruntimes"],
+    "/apis/networking.k8s.io/v1": ["networkpolicies"],
     "/apis/ray.io/v1": ["rayjobs"],
     "/apis/kueue.x-k8s.io/v1beta1": ["localqueues", "workloads", "workloadpriorityclasses"],
     "/apis/scheduling.k8s.io/v1": ["priorityclasses"],
@@ -79,6 +80,8 @@ class FakeApi:
         self.warnings: list[str] = []
         self.faults: list[tuple[str, int | str]] = []
         """(method, code | "reset") that the next call with this method meets."""
+        self.lost: list[str] = []
+        """Calls whose next one is carried out without an answer."""
         self.cut_logs: list[int] = []
         """Lines after which the next streams of logs break off."""
         self.logs: dict[str, Log] = {}
@@ -247,6 +250,7 @@ def selects(query: dict[str, str], obj: Object) -> bool:
 def _handler(api: FakeApi) -> type[BaseHTTPRequestHandler]:  # noqa: C901
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -311,7 +315,13 @@ def _handler(api: FakeApi) -> type[BaseHTTPRequestHandler]:  # noqa: C901
             elif query.get("watch") == "true":
                 self._watch(found, query)
             else:
-                self._send(201 if self.command == "POST" else 200, api.answer(self.command, found, query, body))
+                answer = api.answer(self.command, found, query, body)
+                if f"{self.command} {path}" in api.lost:
+                    api.lost.remove(f"{self.command} {path}")
+                    self.close_connection = True
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    return
+                self._send(201 if self.command == "POST" else 200, answer)
 
         def _authorize(self, found: dict[str, Any], query: dict[str, str]) -> None:
             verb = {"POST": "create", "PATCH": "patch", "DELETE": "delete"}.get(self.command, "get")
