@@ -1,0 +1,63 @@
+"""Questions to a living run through its folder: a file with a number; each worker lets its rank write its stacks."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from orchestrator.cluster.stacks import SETTLED_S
+from orchestrator.train.stacks import STACKS_SIGNAL
+
+ANSWER_S = 10.0
+"""How long all ranks may take; their workers look every half second."""
+
+
+def ask_file(folder: Path) -> Path:
+    return folder / "ask"
+
+
+class StacksAsked:
+    """The worker's side: answers each question once."""
+
+    def __init__(self, folder: Path):
+        self._path = ask_file(folder)
+        self._answered = self._question()
+
+    def answer(self, pid: int) -> None:
+        question = self._question()
+        if question == self._answered:
+            return
+        self._answered = question
+        with suppress(ProcessLookupError):
+            os.kill(pid, STACKS_SIGNAL)
+
+    def _question(self) -> str | None:
+        with suppress(OSError):
+            return self._path.read_text()
+        return None
+
+
+def ask_stacks(folder: Path, attempt: int, timeout_s: float = ANSWER_S) -> dict[int, str]:
+    """The asker's side: what the living ranks of an attempt then wrote."""
+    paths = {
+        int(path.stem.removeprefix("rank_")): path for path in folder.glob(f"logs/attempt_{attempt}/rank_*.stacks")
+    }
+    sizes = {rank: path.stat().st_size for rank, path in paths.items()}
+    ask_file(folder).write_text(str(time.time_ns()))
+    until, told = time.monotonic() + timeout_s, dict[int, str]()
+    while time.monotonic() < until and len(told) < len(paths):
+        time.sleep(SETTLED_S)
+        for rank, path in paths.items():
+            text = _grown(path, sizes[rank])
+            if text and text == told.get(rank, text):
+                told[rank] = text
+    time.sleep(SETTLED_S)
+    return {rank: _grown(path, sizes[rank]) for rank, path in paths.items() if rank in told}
+
+
+def _grown(path: Path, start: int) -> str:
+    with suppress(OSError):
+        return path.read_bytes()[start:].decode(errors="replace")
+    return ""
