@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def pod(spec: JobSpec, part: Part) -> dict[str, Any]:
         subdomain=part.subdomain,
         service_account=spec.service_account,
         priority_class=None if spec.queue else spec.priority,
-        grace_s=round(spec.grace_s),
+        grace_s=ceil(spec.grace_s),
         pull_secrets=[{"name": name} for name in spec.pull_secrets],
         node_selector=spec.node_selector,
         affinity=placing.affinity(spec, trained(spec)) if trains else None,
