@@ -60,22 +60,32 @@ def freeze(composed: Composed, initial: Initial | None = None) -> Bundle:
 
     `initial`: what the config's `init_from` means.
     """
-    plain = to_dict(composed.config)
-    code = Path(__file__).parent
-    lock = code.parent / "requirements.lock"
     return Bundle(
         run_id=run_id(composed.config, initial),
         config=composed.config,
-        config_hash=_hash_json(plain),
+        config_hash=_hash_json(to_dict(composed.config)),
         overrides=composed.overrides,
         sources=composed.sources,
-        code_digest=imported_code(),
-        lock_digest=hash_file(lock) if lock.is_file() else None,
-        versions=_versions(),
-        git=_git_state(code.parent),
-        machine={"system": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()},
+        **_made_with(),
         initial=initial,
     )
+
+
+def renew(bundle: Bundle) -> Bundle:
+    """The same run with the code, packages and machine of now."""
+    return replace(bundle, **_made_with())
+
+
+def _made_with() -> dict[str, Any]:
+    code = Path(__file__).parent
+    lock = code.parent / "requirements.lock"
+    return {
+        "code_digest": imported_code(),
+        "lock_digest": hash_file(lock) if lock.is_file() else None,
+        "versions": _versions(),
+        "git": _git_state(code.parent),
+        "machine": {"system": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()},
+    }
 
 
 def with_config(bundle: Bundle, config: RunConfig) -> Bundle:

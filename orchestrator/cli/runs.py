@@ -8,13 +8,15 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.cli.console import note, print_json
 from orchestrator.config import MAY_CHANGE
-from orchestrator.errors import EXIT_DONE
+from orchestrator.errors import EXIT_DONE, UserError
+from orchestrator.options import Where
 
 if TYPE_CHECKING:
     from orchestrator.bundle import Bundle, Initial
@@ -76,6 +78,24 @@ def train(args: argparse.Namespace) -> int:
 
         return run_canary(bundle, args.json)
     return _launch(bundle, args.json, began)
+
+
+def go_on(folder: Path, as_json: bool) -> int:
+    """Run what the run.json of a folder says, with the code and packages of now; the exit code is the run's."""
+    began = time.time()
+    from orchestrator.cluster import local
+
+    local.warm_up()
+    from orchestrator.bundle import load_bundle, renew, with_config
+
+    bundle = load_bundle(folder / "run.json")
+    where = bundle.config.cluster.where
+    if where is not Where.local:
+        what = f"run {bundle.run_id} is one of cluster={where.name}, and this folder a copy"
+        raise UserError(f"{what}. Way out: orchestrator resume {bundle.run_id} cluster={where.name}")
+    if bundle.folder.resolve() != folder.resolve():
+        bundle = with_config(bundle, replace(bundle.config, runs_dir=str(folder.parent)))
+    return _launch(renew(bundle), as_json, began)
 
 
 def _initial(config: RunConfig) -> Initial | None:

@@ -1,42 +1,42 @@
-"""Verbs that look at runs: ls, status. They read files only, so a run does not notice them."""
+"""Verbs that look at runs: ls, status. On this machine they read files only, so a run does not notice them."""
 
 from __future__ import annotations
 
 import argparse
-import time
-from pathlib import Path
 from typing import Any
 
+from orchestrator.cli.backends import add_id, add_verb, open_backend, open_run
 from orchestrator.cli.console import print_json, print_table
-from orchestrator.errors import EXIT_DONE, UserError, nearest
+from orchestrator.errors import EXIT_DONE
 
 STATUS = """examples:
   orchestrator status
-  orchestrator status quickstart-0123abcd --json
+  orchestrator status quickstart-0123abcd cluster=kubernetes --json
 
 Without an ID it is the run that was touched last. Works for a run that is running, has ended or was killed."""
 LS = """examples:
   orchestrator ls
-  orchestrator ls --runs-dir /mnt/runs --json"""
+  orchestrator ls --runs-dir /mnt/runs --json
+  orchestrator ls cluster=kubernetes cluster.namespace=training"""
 ABOUT = {"running": "running as process {launcher}", "dead": "not running: the lock is free, and no end was recorded"}
+
+KNOWN_HERE = (
+    "launcher", "exit_code", "reason", "where", "attempt", "world_size", "step", "total_steps", "epoch", "eta_s",
+    "images_per_s", "goodput", "wall_s", "process_hours", "cost", "wasted_steps", "wasted_samples", "stragglers",
+    "last_fault", "faults", "checkpoint", "folder", "wandb", "next", "ranks",
+)  # fmt: skip
+"""Facts that another cluster may not know."""
 
 
 def add_to(subparsers: Any) -> None:
-    for name, text, epilog, run in (
-        ("status", "where a run stands: step, time left, goodput, cost, faults", STATUS, status),
-        ("ls", "the runs of a folder", LS, list_runs),
-    ):
-        raw = argparse.RawDescriptionHelpFormatter
-        parser = subparsers.add_parser(name, help=text, epilog=epilog, formatter_class=raw)
-        if name == "status":
-            parser.add_argument("run_id", nargs="?", metavar="ID", help="of the run; the last one where left out")
-        parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of runs (default: %(default)s)")
-        parser.add_argument("--json", action="store_true", help="print the facts as JSON")
-        parser.set_defaults(run=run)
+    text = "where a run stands: step, time left, goodput, cost, faults"
+    add_id(add_verb(subparsers, "status", text, STATUS, status), "?")
+    add_verb(subparsers, "ls", "the runs of a folder or a cluster", LS, list_runs)
 
 
 def status(args: argparse.Namespace) -> int:
-    facts = facts_of(find_run(args.run_id, args.runs_dir))
+    backend, run_id = open_run(args)
+    facts = backend.status(run_id)
     if args.json:
         print_json(facts)
     else:
@@ -45,105 +45,73 @@ def status(args: argparse.Namespace) -> int:
 
 
 def list_runs(args: argparse.Namespace) -> int:
-    found = [facts_of(folder) for folder in run_folders(args.runs_dir)]
+    found = open_backend(args).runs()
     if args.json:
         print_json(found)
         return EXIT_DONE
-    from orchestrator.track.words import duration
-
-    rows = [
-        (f["run_id"], f["state"], _steps(f), "–" if f["top1"] is None else f"{f['top1']:.2%}",
-         f"{f['goodput']:.0%}", duration(f["wall_s"]), f["attempt"])
-        for f in found
-    ]  # fmt: skip
+    rows = [tuple(_cells(facts)) for facts in found]
     print_table(("run", "state", "step", "top-1", "goodput", "wall time", "attempts"), rows)
     return EXIT_DONE
 
 
-def run_folders(runs_dir: Path) -> list[Path]:
-    """Folders of runs, the one that was touched last at the end."""
-    return sorted((path.parent for path in runs_dir.glob("*/run.json")), key=_touched)
+def _cells(facts: dict[str, Any]) -> list[Any]:
+    from orchestrator.track.words import duration
 
-
-def _touched(folder: Path) -> float:
-    times = [path.stat().st_mtime for path in (folder / "run.json", *folder.glob("events/*.jsonl")) if path.exists()]
-    return max(times, default=0.0)
-
-
-def find_run(run_id: str | None, runs_dir: Path) -> Path:
-    """The folder of a run, by its id or as a path. Raises UserError with the nearest match."""
-    folders = run_folders(runs_dir)
-    if run_id is None:
-        if not folders:
-            raise UserError(f"--runs-dir {runs_dir}: no run there. Way out: orchestrator train experiment=quickstart")
-        return folders[-1]
-    for folder in (runs_dir / run_id, Path(run_id)):
-        if (folder / "run.json").exists():
-            return folder
-    hint = nearest(run_id, [folder.name for folder in folders]) if folders else "there is none at all"
-    raise UserError(f"ID {run_id} is no run in {runs_dir}/: {hint} Way out: orchestrator ls")
-
-
-def facts_of(folder: Path) -> dict[str, Any]:
-    """The record's facts, and what only a living rank shows: its phase, step and silence."""
-    from orchestrator.cluster.lock import holder
-    from orchestrator.track.runs import load_run
-    from orchestrator.track.status import status_of
-
-    launcher = holder(folder)
-    facts = status_of(load_run(folder), launcher, time.time())
-    ranks = living_ranks(folder, facts["attempt"]) if launcher else {}
-    step = min((rank["step"] for rank in ranks.values()), default=0)  # newer than the last logged one
-    return {**facts, "step": max(step, facts["step"]), "ranks": ranks}
-
-
-def living_ranks(folder: Path, attempt: int) -> dict[int, dict[str, Any]]:
-    """By rank, the phase and step of its newest sign of life and the seconds since then."""
-    from orchestrator.train.heartbeat import read_sign
-
-    found = {}
-    for path in sorted(folder.glob(f"logs/attempt_{attempt}/rank_*.heartbeat")):
-        sign = read_sign(path)
-        if sign is not None:
-            silent = round(time.monotonic() - sign.t, 1)
-            found[int(path.stem.removeprefix("rank_"))] = {"phase": sign.phase, "step": sign.step, "silent_s": silent}
-    return found
+    known = {name: facts.get(name) for name in ("top1", "goodput", "wall_s", "attempt")}
+    return [
+        facts["run_id"],
+        facts["state"],
+        _steps(facts),
+        "–" if known["top1"] is None else f"{known['top1']:.2%}",
+        "–" if known["goodput"] is None else f"{known['goodput']:.0%}",
+        "–" if known["wall_s"] is None else duration(known["wall_s"]),
+        "–" if known["attempt"] is None else known["attempt"],
+    ]
 
 
 def told(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """(name, text) as a person reads them; what is not known is left out."""
     from orchestrator.track.words import duration, exit_meaning
 
-    about = ABOUT.get(facts["state"], str(facts["state"])).format(launcher=facts["launcher"])
+    facts = {**dict.fromkeys(KNOWN_HERE), **facts}
+    about = ABOUT.get(facts["state"]) if facts["launcher"] or facts["state"] == "dead" else None
+    about = (about or facts["state"]).format(launcher=facts["launcher"])
     code, fault, saved = facts["exit_code"], facts["last_fault"], facts["checkpoint"]
     rows = [
         ("run", facts["run_id"]),
         ("state", f"{about} ({exit_meaning(code)})" if code else about),
-        ("attempt", f"{facts['attempt']}, {facts['world_size']} processes" if facts["attempt"] else ""),
+        ("because", facts["reason"] or ""),
+        ("where", "" if facts["launcher"] else ", ".join(facts["where"] or [])),
+        ("attempt", f"{facts['attempt']}" + (f", {facts['world_size']} processes" if facts["world_size"] else "")
+         if facts["attempt"] else ""),
         ("step", _steps(facts) + (f", epoch {facts['epoch']:.2f}" if facts["epoch"] else "")),
         ("time left", duration(facts["eta_s"]) if facts["eta_s"] is not None else ""),
         ("speed", f"{facts['images_per_s']:,.0f} images/s" if facts["images_per_s"] else ""),
-        ("goodput", f"{facts['goodput']:.1%} of {duration(facts['wall_s'])}" if facts["wall_s"] else ""),
+        ("goodput", f"{facts['goodput']:.1%} of {duration(facts['wall_s'])}"
+         if facts["wall_s"] and facts["goodput"] is not None else ""),
         ("cost so far", _cost(facts)),
         ("lost work", f"{facts['wasted_steps']} steps, {facts['wasted_samples']} samples computed again"
          if facts["wasted_steps"] else ""),
-        ("stragglers", "; ".join(facts["stragglers"])),
+        ("stragglers", "; ".join(facts["stragglers"] or [])),
         ("last fault", _fault(fault) + f" ({facts['faults']} in all)" if fault else ""),
         ("checkpoint", f"step {saved['step']}, {duration(saved['age_s'])} old, {facts['folder']}/{saved['path']}"
          if saved else ""),
         ("W&B", facts["wandb"] or ""),
         ("next", facts["next"] or ""),
     ]  # fmt: skip
-    silent = [f"rank {r}: {s['phase']}, silent for {duration(s['silent_s'])}" for r, s in facts["ranks"].items()
+    silent = [f"rank {r}: {s['phase']}, silent for {duration(s['silent_s'])}" for r, s in (facts["ranks"] or {}).items()
               if s["silent_s"] > 10]  # fmt: skip
     return [(name, text) for name, text in [*rows, ("silent", "; ".join(silent))] if text]
 
 
 def _steps(facts: dict[str, Any]) -> str:
-    return f"{facts['step']} of {facts['total_steps']}" if facts["total_steps"] else str(facts["step"])
+    step, total = facts.get("step"), facts.get("total_steps")
+    return "–" if step is None else f"{step} of {total}" if total else str(step)
 
 
 def _cost(facts: dict[str, Any]) -> str:
+    if facts["process_hours"] is None:
+        return ""
     hours = f"{facts['process_hours']:.3g} process-hours"
     if facts["cost"] is None:
         return f"{hours} (no price: cluster.prices=['DEVICE=PRICE'])" if facts["attempt"] else ""

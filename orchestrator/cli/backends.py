@@ -1,0 +1,104 @@
+"""Which cluster a verb asks, and which run: flags and overrides that all verbs on runs share."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.cli.runs import add_config_flags
+from orchestrator.errors import ConfigError, UserError, nearest
+from orchestrator.options import Where
+
+if TYPE_CHECKING:
+    from orchestrator.cluster.backend import Backend
+    from orchestrator.cluster_config import ClusterConfig
+
+CLUSTER = ("cluster=", "cluster.")
+
+
+def add_verb(subparsers: Any, name: str, text: str, epilog: str, run: Callable[[argparse.Namespace], int]) -> Any:
+    """A verb on runs of one cluster: `cluster=...` and `cluster.KEY=...` choose which."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = subparsers.add_parser(name, help=text, epilog=epilog, formatter_class=raw)
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of runs (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+    add_config_flags(parser)
+    parser.set_defaults(run=run, takes_overrides=True)
+    return parser
+
+
+def add_id(parser: Any, nargs: str | None = None) -> None:
+    text = "of the run, or its beginning" + ("; the last one where left out" if nargs else "")
+    parser.add_argument("run_id", nargs=nargs, metavar="ID", help=text)
+
+
+def open_backend(args: argparse.Namespace) -> Backend:
+    """The cluster that the overrides name; this machine where there are none. A path as ID names a folder of runs."""
+    config = _compose_cluster(args)
+    where = Where.local if config is None else config.where
+    if where is Where.local or config is None:
+        from orchestrator.cli.runs import go_on
+        from orchestrator.cluster.local_backend import LocalBackend
+
+        _take_path(args)
+        return LocalBackend(args.runs_dir, lambda folder: go_on(folder, args.json))
+    raise ConfigError("cluster", where.name, "is not followed from here yet", "cluster=local")
+
+
+def open_run(args: argparse.Namespace) -> tuple[Backend, str]:
+    """The cluster, and the id of its run that `ID` means."""
+    backend = open_backend(args)
+    return backend, find_id(args.run_id, backend.ids(), _place(args), same_cluster(args.overrides))
+
+
+def find_id(text: str | None, ids: list[str], where: str, more: str) -> str:
+    """The id that begins like `text`, the last one for None. Raises UserError with what was likely meant.
+
+    `where`: the runs' place in words; `more`: what names the cluster in the next command.
+    """
+    if text is None:
+        if not ids:
+            raise UserError(f"{where}: no run there. Way out: orchestrator train experiment=quickstart{more}")
+        return ids[-1]
+    if text in ids:
+        return text
+    found = [run_id for run_id in ids if run_id.startswith(text)]
+    if len(found) > 1:
+        some = ", ".join(found[:5]) + (" ..." if len(found) > 5 else "")
+        raise UserError(f"ID {text} is the beginning of {len(found)} runs: {some}. Way out: more of it")
+    if not found:
+        hint = nearest(text, ids) if ids else "there is none at all"
+        raise UserError(f"ID {text} is no run in {where}: {hint} Way out: orchestrator ls{more}")
+    return found[0]
+
+
+def same_cluster(overrides: Sequence[str]) -> str:
+    """What a command needs at its end to ask the same cluster."""
+    chosen = [text for text in overrides if text.startswith(CLUSTER)]
+    return f" {shlex.join(chosen)}" if chosen else ""
+
+
+def _place(args: argparse.Namespace) -> str:
+    return shlex.join(args.overrides) if args.overrides else f"--runs-dir {args.runs_dir}"
+
+
+def _take_path(args: argparse.Namespace) -> None:
+    run_id = getattr(args, "run_id", None)
+    if run_id and (Path(run_id) / "run.json").exists():
+        args.runs_dir, args.run_id = Path(run_id).parent, Path(run_id).name
+
+
+def _compose_cluster(args: argparse.Namespace) -> ClusterConfig | None:
+    """None where nothing is typed: what happens here needs no config."""
+    others = [text for text in args.overrides if not text.startswith(CLUSTER)]
+    if others:
+        key, _, value = others[0].partition("=")
+        raise ConfigError(key, value, f"is no key of the cluster, and {args.verb} needs no other", "leave it out")
+    if not args.overrides and not args.config_dir:
+        return None
+    from orchestrator.compose import compose
+
+    return compose(args.overrides, args.config_dir).config.cluster
