@@ -88,6 +88,8 @@ class FakeApi:
         self.calls: list[tuple[str, str]] = []
         self.accepted: list[str] = []
         """The header Accept of each call."""
+        self.queries: list[str] = []
+        """What followed the path of each call."""
         self.after: list[Callable[[str, Object], None]] = []
         """Controllers: called with (ADDED | MODIFIED | DELETED, object) after each change."""
         self.oldest = 0
@@ -273,6 +275,7 @@ def _handler(api: FakeApi) -> type[BaseHTTPRequestHandler]:  # noqa: C901
             query = {name: values[-1] for name, values in parse_qs(url.query).items()}
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             api.calls.append((self.command, url.path))
+            api.queries.append(url.query)
             api.accepted.append(self.headers.get("Accept", ""))
             try:
                 if self._faulty():
@@ -376,7 +379,7 @@ def _handler(api: FakeApi) -> type[BaseHTTPRequestHandler]:  # noqa: C901
             if not any(key[2] == "pods" and key[3] == pod for key in api.objects):
                 raise Refusal(404, "NotFound", f'pods "{pod}" not found', name=pod, kind="pods")
             log = api.log(pod)
-            cut = api.cut_logs.pop(0) if api.cut_logs and query.get("follow") else None
+            cut = api.cut_logs.pop(0) if api.cut_logs else None
             since = query.get("sinceTime", "")[:19]
             tail = int(query["tailLines"]) if "tailLines" in query else None
             at = log.first if tail is None else max(len(log.lines) - tail, log.first)
