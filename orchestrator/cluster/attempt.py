@@ -70,7 +70,8 @@ class Running:
     stacks_elsewhere: Callable[[], Mapping[int, Stack]] = dict
     """The stacks of ranks on other machines."""
     signs_elsewhere: dict[int, Sign] = field(default_factory=dict)
-    """Of the ranks that live on other machines, their times by this one's clock."""
+    """Of the ranks on other machines, their times by this one's clock."""
+    ended_elsewhere: set[int] = field(default_factory=set)
     began: float = field(default_factory=time.monotonic)
     forwarded: float = 0.0
     watched: float = 0.0
@@ -179,7 +180,7 @@ def look(running: Running) -> Ended | None:
         return None
     running.watched = now
     signs = running.signs()
-    living = running.group.pids.keys() | running.signs_elsewhere.keys()
+    living = (running.group.pids.keys() | running.signs_elsewhere.keys()) - running.ended_elsewhere
     late = [found for found in find_late(signs, running.launch.bundle.config.cluster) if found.rank in living]
     if late:
         return _hung(running, late)

@@ -40,9 +40,13 @@ NAP_S = 0.05
 logger = logging.getLogger(__name__)
 
 
-def warm_up() -> None:
-    """Start the server that ranks are forked from; it imports while the launcher composes the config."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks inherit the server's environment, not the launcher's
+def warm_up(interface: str | None = "lo") -> None:
+    """Start the server that ranks are forked from; it imports while the launcher composes the config.
+
+    `interface`: through which the ranks meet; None where that is not known yet.
+    """
+    if interface is not None:  # ranks inherit the server's environment, not the launcher's
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     multiprocessing.set_forkserver_preload(PRELOADED)
     forkserver.ensure_running()
 

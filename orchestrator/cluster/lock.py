@@ -12,9 +12,13 @@ from orchestrator.errors import UserError
 from orchestrator.files import disk_errors
 
 
+class AlreadyRunning(UserError):
+    """Somebody else holds the run."""
+
+
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold the run. Raises UserError that names the process which holds it already."""
+    """Hold the run. Raises AlreadyRunning that names the process which holds it already."""
     path = folder / "lock"
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -24,7 +28,7 @@ def only_writer(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(descriptor, 32).decode().strip() or "unknown"
-            raise UserError(
+            raise AlreadyRunning(
                 f"run {folder.name} is already running as process {holder}. Way out: wait for it, stop it with "
                 f"`kill {holder}`, or start another run with name=... or another seed"
             ) from None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from orchestrator.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 
@@ -28,12 +30,16 @@ class StopSignals:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        earlier = {number: signal.signal(number, self._receive) for number in EXIT_OF_SIGNAL}
+        earlier = self.listen()
         try:
             yield
         finally:
             for number, handler in earlier.items():
                 signal.signal(number, handler)
+
+    def listen(self) -> dict[signal.Signals, Any]:
+        """Take all signals that ask for an end; returns the handlers until now."""
+        return {number: signal.signal(number, self._receive) for number in EXIT_OF_SIGNAL}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.ask(signal.Signals(number))
@@ -48,3 +54,10 @@ class StopSignals:
     @property
     def exit_code(self) -> int | None:
         return None if self.received is None else EXIT_OF_SIGNAL[self.received]
+
+
+def end_deaf() -> None:
+    """The exit code is settled: no other request to stop must replace it, nor while the interpreter ends."""
+    for number in EXIT_OF_SIGNAL:
+        signal.signal(number, signal.SIG_IGN)
+        atexit.register(signal.signal, number, signal.SIG_IGN)

@@ -61,16 +61,20 @@ class Rank:
 
 
 def open_logs(folder: Path, world: World, attempt: int) -> IO[str]:
-    """Send everything this process prints to its log; return a handle on the terminal as it was."""
+    """Send everything this process prints to its log; return a handle on the terminal as it was.
+
+    Where the launcher prints the logs (LAUNCHER_READS_LOGS), the log stands for the terminal.
+    """
     path = folder / "logs" / f"attempt_{attempt}" / f"rank_{world.rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    terminal = os.fdopen(os.dup(2), "w", buffering=1)
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    has_terminal = not os.environ.get("LAUNCHER_READS_LOGS")
+    terminal = os.fdopen(os.dup(2 if has_terminal else log), "w", buffering=1)
     for stream in (1, 2):
         os.dup2(log, stream)
     os.close(log)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT, force=True)
-    if world.is_first:
+    if world.is_first and has_terminal:
         speaker = logging.StreamHandler(terminal)
         speaker.setLevel(logging.WARNING)
         logging.getLogger("orchestrator").addHandler(speaker)
