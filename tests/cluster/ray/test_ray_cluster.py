@@ -1,0 +1,197 @@
+"""Real Ray clusters: the same bits as on this machine, whatever is stopped, killed or lost on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import Cli, Run, wait_for
+from ray_nodes import RayCluster, can_make_namespaces, one_node, two_nodes
+
+from orchestrator.bundle import freeze
+from orchestrator.cluster.code import archive_of
+from orchestrator.cluster.job import job_of
+from orchestrator.cluster.ray.api import connect
+from orchestrator.cluster.ray.backend import RayBackend
+from orchestrator.cluster.ray.submit import Submitted, submit
+from orchestrator.compose import compose
+from orchestrator.config import RunConfig
+from orchestrator.errors import ConfigError
+from orchestrator.files import read_json
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(600)]
+END_S = 120.0
+LONG = ("recipe.epochs=60", "recipe.ema_decay=0", "checkpointing.every_steps=5")
+
+
+@dataclass
+class Cluster:
+    """A cluster and what a user does with it."""
+
+    ray: RayCluster
+    runs_dir: Path
+    small: tuple[str, ...]
+
+    def config(self, *overrides: str) -> Any:
+        return compose([*self.small, *self.ray.overrides, f"runs_dir={self.runs_dir}", *overrides])
+
+    def submit(self, *overrides: str) -> tuple[str, Submitted]:
+        bundle = freeze(self.config(*overrides))
+        archive = archive_of(bundle.config.cluster.code_files)
+        spec = job_of(bundle, archive.digest)
+        return bundle.run_id, submit(connect(bundle.config.cluster, {}), spec, archive.content)
+
+    @property
+    def backend(self) -> RayBackend:
+        config: RunConfig = self.config().config
+        return RayBackend(connect(config.cluster, {}))
+
+    def wait(self, run_id: str, *states: str) -> dict[str, Any]:
+        """The facts of a run once it is in one of these states."""
+
+        def look() -> dict[str, Any] | None:
+            facts = self.backend.status(run_id)
+            return facts if facts["state"] in states else None
+
+        try:
+            return wait_for(look, f"{run_id} being {states}", END_S)
+        except AssertionError as error:
+            lines = "\n".join(str(line) for line in self.backend.logs(run_id, False, None))
+            raise AssertionError(f"{error}: {self.backend.status(run_id)}\n{lines[-6000:]}") from None
+
+    def result(self, run_id: str) -> dict[str, Any]:
+        return read_json(self.runs_dir / run_id / "result.json")
+
+    def steps(self, run_id: str) -> int:
+        return self.backend.status(run_id)["step"] or 0
+
+    def processes(self) -> dict[int, str]:
+        """Command lines of the ranks."""
+        found = {}
+        for node in self.ray.nodes:
+            for pid in node.pids():
+                try:
+                    command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                except OSError:
+                    continue
+                if " --rank " in command:
+                    found[pid] = command
+        return found
+
+
+@pytest.fixture(scope="module")
+def cluster(small: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with one_node(cpus=3) as ray:
+        yield Cluster(ray, tmp_path_factory.mktemp("ray_runs"), small)
+
+
+@pytest.fixture(scope="module")
+def long_run(session_cli: Cli, small: tuple[str, ...]) -> dict[str, Any]:
+    """An undisturbed run on this machine, long enough to be disturbed elsewhere."""
+    answer = session_cli("train", *small, *LONG, "--json")
+    assert answer.code == 0, answer.err
+    return answer.json()
+
+
+def test_a_run_on_ray_ends_with_the_bits_of_the_local_one_and_another_seed_with_others(
+    cluster: Cluster, trained: Run
+) -> None:
+    run_id, submitted = cluster.submit("recipe.ema_decay=0.9")
+    assert submitted == Submitted(run_id, is_new=True)
+    assert cluster.submit("recipe.ema_decay=0.9") == (run_id, Submitted(run_id, is_new=False))
+    facts = cluster.wait(run_id, "done", "failed")
+    result = cluster.result(run_id)
+    same = ("run_id", "state", "step", "world_size", "weights_sha256", "state_sha256", "metrics", "data_digest")
+    assert {key: result[key] for key in same} == {key: trained.result[key] for key in same}
+    assert (facts["exit_code"], facts["attempt"], facts["step"]) == (0, 1, result["step"])
+    lines = list(cluster.backend.logs(run_id, False, None))
+    assert {(line.attempt, line.rank) for line in lines} >= {(1, 0), (1, 1)}
+    other, _ = cluster.submit("recipe.ema_decay=0.9", "seed=1")
+    cluster.wait(other, "done", "failed")
+    assert cluster.result(other)["weights_sha256"] != result["weights_sha256"]
+
+
+def test_a_token_that_is_missing_or_wrong_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "wrong").write_text("0" * 64)
+    for file, rule in ((tmp_path / "wrong", "refuses the token"), (tmp_path / "none", "No such file")):
+        with pytest.raises(ConfigError, match=rule):
+            cluster.submit(f"cluster.token_file={file}")
+
+
+def test_a_run_that_is_cancelled_and_resumed_ends_with_the_same_bits(
+    cluster: Cluster, long_run: dict[str, Any]
+) -> None:
+    run_id, _ = cluster.submit(*LONG)
+    wait_for(lambda: cluster.steps(run_id) > 3, "steps", END_S)
+    cluster.backend.cancel(run_id, now=False)
+    facts = cluster.wait(run_id, "stopped", "failed", "done")
+    stopped = cluster.result(run_id)
+    assert (facts["state"], facts["exit_code"], stopped["state"], stopped["exit_code"]) == (
+        "stopped",
+        45,
+        "stopped",
+        45,
+    )
+    cluster.backend.resume(run_id)
+    stacks = wait_for(lambda: cluster.backend.stacks(run_id), "stacks", END_S)
+    assert set(stacks) <= {0, 1}
+    facts = cluster.wait(run_id, "done", "failed")
+    result = cluster.result(run_id)
+    assert (result["weights_sha256"], result["attempts"]) == (long_run["weights_sha256"], 2)
+
+
+def test_a_rank_and_a_worker_that_are_killed_change_no_bit(cluster: Cluster, long_run: dict[str, Any]) -> None:
+    run_id, _ = cluster.submit(*LONG, "seed=0", "name=killed", "data.name=synthetic")
+    for attempt in (1, 2):
+        wait_for(lambda a=attempt: cluster.backend.status(run_id)["attempt"] == a, f"attempt {attempt}", END_S)
+        wait_for(lambda a=attempt: steps_of(cluster.runs_dir / run_id, a) >= 3, "steps", END_S)
+        pid = max(cluster.processes())
+        os.kill(pid if attempt == 1 else parent_of(pid), signal.SIGKILL)
+    cluster.wait(run_id, "done", "failed")
+    result = cluster.result(run_id)
+    assert (result["state"], result["weights_sha256"]) == ("done", long_run["weights_sha256"])
+    faults = [event for event in journal(cluster.runs_dir / run_id) if event["kind"] == "fault"]
+    assert [(event["exit_code"], event["signal"]) for event in faults] == [(137, 9), (137, 9)]
+
+
+def test_a_user_s_mistake_is_not_tried_again(cluster: Cluster) -> None:
+    run_id, _ = cluster.submit("data.train=/nowhere/train", "name=mistake")
+    facts = cluster.wait(run_id, "failed", "done")
+    assert (facts["exit_code"], facts["attempt"]) == (42, 1)
+    assert "data.train = /nowhere/train" in facts["error"] or "/nowhere/train" in facts["error"]
+    assert not cluster.processes()
+
+
+@pytest.mark.skipif(not can_make_namespaces(), reason="two nodes need root and iproute2")
+def test_two_nodes_train_together_and_one_that_is_lost_changes_no_bit(
+    small: tuple[str, ...], long_run: dict[str, Any], tmp_path: Path
+) -> None:
+    with two_nodes(cpus=1) as ray:
+        cluster = Cluster(ray, tmp_path / "runs", small)
+        run_id, _ = cluster.submit(*LONG, "cluster.placement=STRICT_SPREAD", "cluster.cpus_per_process=0.5")
+        wait_for(lambda: steps_of(cluster.runs_dir / run_id, 1) >= 3, "steps", END_S)
+        first, second = ({p for p in node.pids() if p in cluster.processes()} for node in ray.nodes)
+        assert (len(first), len(second)) == (1, 1)
+        ray.nodes[1].kill()
+        wait_for(lambda: len(journal(cluster.runs_dir / run_id)) >= 2, "the fault", END_S)
+
+
+def journal(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "events" / "launcher.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def steps_of(folder: Path, attempt: int) -> int:
+    from orchestrator.cluster.watch import read_signs, steps_done
+
+    return steps_done(read_signs(folder, attempt, range(2), 0.0))
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
