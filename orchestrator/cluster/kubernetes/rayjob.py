@@ -29,7 +29,6 @@ def slots(spec: JobSpec) -> dict[str, Any]:
     return {
         "entrypoint": shlex.join(command_of(spec.python, DRIVER)),
         "backoff_limit": spec.max_restarts,
-        "submitter_backoff_limit": spec.max_restarts,
         "submitter_pod": pod(_bare(spec), Part("submitter", "ray-job-submitter", (), (), small)),
         "ray_version": _ray_version(spec),
         "head_params": {"dashboard-host": "0.0.0.0", **_params(0, 0)},

@@ -13,6 +13,8 @@ from profiles import ARCHIVE, CODE, CONFIG, IMAGE, KINDS, PROFILES, RUN, pods_of
 
 from orchestrator.bundle import load_bundle
 from orchestrator.cluster.job import JobSpec
+from orchestrator.cluster.kubernetes.mounts import bytes_of
+from orchestrator.cluster.kubernetes.pod import cpus_of
 from orchestrator.cluster.kubernetes.render import code_config_map, remarks, render
 from orchestrator.cluster.kubernetes.templates import template, templates_dir
 from orchestrator.errors import ConfigError
@@ -84,7 +86,6 @@ SLOTS: list[tuple[str, JobKind, str, str, dict[str, Any], Any]] = [
     ("rayjob.entrypoint", RAYJOB, "RayJob", "spec.entrypoint", {"python": "/opt/p"},
      "/opt/p -m jobs.ray_driver /etc/orchestrator/run/run.json"),
     ("rayjob.backoff_limit", RAYJOB, "RayJob", "spec.backoffLimit", {"max_restarts": 5}, 5),
-    ("rayjob.submitter_backoff_limit", RAYJOB, "RayJob", "spec.submitterConfig.backoffLimit", {"max_restarts": 5}, 5),
     ("rayjob.deadline_s", RAYJOB, "RayJob", "spec.activeDeadlineSeconds", {"deadline_s": 60.0}, 60),
     ("rayjob.ray_version", RAYJOB, "RayJob", "spec.rayClusterSpec.rayVersion", {}, "2.60.0"),
     ("rayjob.head_params", RAYJOB, "RayJob", "spec.rayClusterSpec.headGroupSpec.rayStartParams.num-cpus", {}, "0"),
@@ -316,6 +317,18 @@ def test_a_rayjob_of_an_unknown_version_is_refused():
     spec = replace(profile("cpu2"), bundle={"config_hash": "x", "versions": {"ray": "missing"}})
     with pytest.raises(ConfigError, match=r"cluster\.kind = rayjob: needs Ray"):
         render(spec, RAYJOB)
+
+
+@pytest.mark.parametrize(
+    ("count", "quantity"), [(1, "1Mi"), (1 << 20, "1Mi"), ((1 << 20) + 1, "2Mi"), (3 << 30, "3072Mi")]
+)
+def test_memory_is_rounded_up(count: int, quantity: str):
+    assert bytes_of(count) == quantity
+
+
+@pytest.mark.parametrize(("count", "quantity"), [(1.0, "1"), (7.5, "7500m"), (0.1 + 0.2, "300m"), (60.0, "60")])
+def test_cpus_are_counted_in_thousandths(count: float, quantity: str):
+    assert cpus_of(count) == quantity
 
 
 def test_rendering_twice_gives_the_same_and_changes_nothing():

@@ -52,10 +52,9 @@ def test_another_archive_is_refused_as_the_user_s_mistake_and_nothing_is_unpacke
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("name", ["../outside.py", "/outside.py"])
+@pytest.mark.parametrize("name", ["../outside.py", "{root}/outside.py"])
 def test_nothing_is_written_outside_of_the_folder(tmp_path: Path, name: str):
-    path, folder = tmp_path / "code.tar.gz", tmp_path / "a" / "code"
-    digest = archive(path, (name, b"x"))
+    path, folder = tmp_path / "code.tar.gz", tmp_path / "code"
+    digest = archive(path, (name.format(root=tmp_path), b"x"))
     unpack(path, digest, folder)
-    assert not (tmp_path / "a" / "outside.py").exists()
-    assert not Path("/outside.py").exists()
+    assert not (tmp_path / "outside.py").exists()
