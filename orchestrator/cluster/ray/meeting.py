@@ -62,10 +62,9 @@ def put_off(folder: Path, pause_s: float) -> None:
 
 def wait_until_due(folder: Path) -> float | None:
     """Wait for the pause before this attempt and return its length; None for the first attempt of a job."""
-    try:
-        order = read_json(restart_file(folder))
-    except OSError:
+    if not restart_file(folder).exists():
         return None
+    order = read_json(restart_file(folder))
     left = min(order["not_before"] - time.time(), order["pause_s"])  # the clocks of two nodes may differ
     time.sleep(max(0.0, left))
     restart_file(folder).unlink(missing_ok=True)
