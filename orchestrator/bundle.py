@@ -18,6 +18,7 @@ from orchestrator.config import MAY_CHANGE, RunConfig
 from orchestrator.errors import UserError
 from orchestrator.files import hash_file, read_json, write_json
 from orchestrator.plain import from_dict, to_dict
+from orchestrator.secrets import require_no_secrets
 
 SCHEMA = 1
 RECORDED_PACKAGES = (
@@ -58,12 +59,14 @@ class Bundle:
 def freeze(composed: Composed, initial: Initial | None = None) -> Bundle:
     """Freeze a composed config together with the identity of the code and its environment.
 
-    `initial`: what the config's `init_from` means.
+    `initial`: what the config's `init_from` means. Raises ConfigError where the config holds a secret.
     """
+    plain = to_dict(composed.config)
+    require_no_secrets(plain)
     return Bundle(
         run_id=run_id(composed.config, initial),
         config=composed.config,
-        config_hash=_hash_json(to_dict(composed.config)),
+        config_hash=_hash_json(plain),
         overrides=composed.overrides,
         sources=composed.sources,
         **_made_with(),

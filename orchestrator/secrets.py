@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from orchestrator.errors import ConfigError
-from orchestrator.redact import remember
+from orchestrator.redact import find_secrets, remember
 
 SECRETS_FOLDER = "/etc/orchestrator/secrets"
 """Where a pod finds its secrets as files, each in the folder of its purpose."""
@@ -71,6 +73,27 @@ def use_for_stores(reference: str | None) -> None:
 def store_keys() -> dict[str, str]:
     """The keys of the object store; none where they are left to the environment."""
     return read_pairs("store", _FOR_STORES[0]) if _FOR_STORES else {}
+
+
+def require_no_secrets(config: Mapping[str, Any]) -> None:
+    """Refuse a config that holds a secret: whoever may read run.json or the objects of a job would read it."""
+    for key, value in _texts(config):
+        kind = next((kind for kind, _, _ in find_secrets(f"{key}={value}")), None)
+        if kind is not None:
+            rule = f"holds a {kind}, which everybody who may read the run would see"
+            way_out = "a .netrc file for http; cluster.store_secret or tracking.secret say where other secrets are"
+            raise ConfigError(key, "(hidden)", rule, way_out)
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _texts(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item, key)
+    elif isinstance(value, str):
+        yield key, value
 
 
 def _read(purpose: str, reference: str, path: Path) -> str:

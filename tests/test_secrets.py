@@ -89,3 +89,30 @@ def test_a_line_that_is_no_pair_is_named_by_its_number_and_not_shown(tmp_path: P
         secrets.store_keys()
     assert "line 2 is not NAME=VALUE" in str(caught.value)
     assert "canary" not in str(caught.value)
+
+
+CANARY = "c4n4ryTokenOf32Letters0123456789"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"data": {"train": f"https://me:{CANARY}@host/a.tar"}},
+        {"data": {"val": f"pipe:curl -H 'Authorization: Bearer {CANARY}' https://host"}},
+        {"data": {"val": f"s3://b/a.tar?X-Amz-Signature={CANARY}"}},
+        {"tracking": {"tags": ["x", f"ghp_{CANARY}abcd"]}},
+        {"cluster": {"env": [f"STORE_TOKEN={CANARY}"]}},
+    ],
+)
+def test_a_config_that_holds_a_secret_is_refused_by_key_without_its_value(config: dict[str, object]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        secrets.require_no_secrets(config)
+    ((group, keys),) = config.items()
+    assert str(caught.value).startswith(f"{group}.{next(iter(keys))} = (hidden): holds a ")  # pyright: ignore
+    assert CANARY not in str(caught.value)
+
+
+def test_references_and_addresses_are_no_secrets() -> None:
+    config = {"tracking": {"secret": "wandb-prod1/api-key"}, "cluster": {"store_secret": "/run/secret/keys-1234567"},
+              "data": {"train": "https://host:8080/a-{000..146}.tar"}, "seed": 1, "init_from": None}  # fmt: skip
+    secrets.require_no_secrets(config)

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
+from orchestrator.redact import redact
+
 PLAIN_EVERY_S = 5.0
 
 Advance = Callable[[int], None]
@@ -21,8 +23,8 @@ def print_json(value: Any) -> None:
 
 
 def note(message: str) -> None:
-    """One line to the person at the terminal; stdout stays free for facts."""
-    print(message, file=sys.stderr, flush=True)
+    """One line to the person at the terminal, without secrets; stdout stays free for facts."""
+    print(redact(message), file=sys.stderr, flush=True)
 
 
 @contextmanager

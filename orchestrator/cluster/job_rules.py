@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
 
 from orchestrator.cluster_config import ClusterConfig
 from orchestrator.config import RunConfig, process_range
 from orchestrator.errors import ConfigError
 from orchestrator.options import CodeSource, JobKind, TrackingMode, Where
 from orchestrator.plain import to_dict
-from orchestrator.redact import find_secrets
 from orchestrator.rules import require
-from orchestrator.secrets import FORM, KEYS, parse_reference
+from orchestrator.secrets import FORM, KEYS, parse_reference, require_no_secrets
 
 OURS = ("/etc/orchestrator", "/opt/orchestrator", "/dev/shm")
 """Folders of a pod in which nothing of a user's is mounted."""
@@ -176,22 +173,7 @@ def _require_no_secrets(config: RunConfig) -> None:
         way_out = "tracking.secret or cluster.store_secret name a file or secret that holds it"
         shown = SECRET_NAME.fullmatch(name) is None or value.startswith("/")
         require(shown, "cluster.env", f"{name}=(hidden)", rule, way_out)
-    for key, value in _leaves(to_dict(config)):
-        kind = next((kind for kind, _, _ in find_secrets(f"{key}={value}")), None)
-        if kind:
-            rule = f"holds a {kind}, and anybody who sees the job may read it"
-            raise ConfigError(key, "(hidden)", rule, "cluster.store_secret or tracking.secret says where a secret is")
-
-
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _leaves(item, f"{key}.{name}" if key else name)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _leaves(item, key)
-    elif isinstance(value, str):
-        yield key, value
+    require_no_secrets(to_dict(config))
 
 
 def _require_grace(cluster: ClusterConfig, pace_s: float | None) -> None:
