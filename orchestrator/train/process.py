@@ -24,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 from orchestrator.config import ComputeConfig
 from orchestrator.errors import ConfigError, OrchestratorError, StopRequested
 from orchestrator.options import Device, Precision
+from orchestrator.redact import redact
 from orchestrator.train.heartbeat import Heartbeat
 from orchestrator.train.signals import die_with_launcher
 from orchestrator.train.stacks import stacks_file, stop_telling, tell_stacks
@@ -60,6 +61,13 @@ class Rank:
             time.sleep(SUSPECTS_FIRST_S)
 
 
+class _Redacting(logging.Formatter):
+    """What a library logs may hold the address or key that it was given."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
 def open_logs(folder: Path, world: World, attempt: int) -> IO[str]:
     """Send everything this process prints to its log; return a handle on the terminal as it was.
 
@@ -73,10 +81,13 @@ def open_logs(folder: Path, world: World, attempt: int) -> IO[str]:
     for stream in (1, 2):
         os.dup2(log, stream)
     os.close(log)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT, force=True)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Redacting(LOG_FORMAT))
+    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
     if world.is_first and has_terminal:
         speaker = logging.StreamHandler(terminal)
         speaker.setLevel(logging.WARNING)
+        speaker.setFormatter(_Redacting())
         logging.getLogger("orchestrator").addHandler(speaker)
     for chatty in ("pytorch_lightning", "lightning", "torch.distributed", "wandb"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -153,7 +164,7 @@ def supervise(folder: Path, world: World, attempt: int, work: Callable[[IO[str]]
         _leave_error(folder, world, attempt, error, error.exit_code)
         return error.exit_code
     except BaseException as error:
-        traceback.print_exc()
+        print(redact(traceback.format_exc()), file=sys.stderr)
         _leave_error(folder, world, attempt, error, 1)
         if isinstance(error, RuntimeError):  # what a broken collective raises
             time.sleep(AFTER_PEERS_S)
@@ -181,8 +192,8 @@ def _leave_error(folder: Path, world: World, attempt: int, error: BaseException,
         "rank": world.rank,
         "kind": type(error).__name__,
         "exit_code": exit_code,
-        "error": text,
-        "traceback": None if known else traceback.format_exc(),
+        "error": redact(text),
+        "traceback": None if known else redact(traceback.format_exc()),
     }
     with suppress(OSError):  # a full disk must not hide the exit code
         error_file(folder, attempt, world.rank).write_text(json.dumps(content))
