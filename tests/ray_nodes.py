@@ -5,6 +5,7 @@ Every process of a node is started here and ended here by its id; two nodes need
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -13,10 +14,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
@@ -67,6 +69,8 @@ class RayCluster:
     token_file: Path
     folder: Path
     nodes: list[Node] = field(default_factory=list)
+    add: Callable[[], None] = lambda: None
+    """Start another node in the place of the second one."""
 
     @property
     def overrides(self) -> tuple[str, ...]:
@@ -106,7 +110,12 @@ def two_nodes(cpus: int = 1) -> Iterator[RayCluster]:
         cluster.nodes.append(_start(cluster, first, "1", [*head, f"--num-cpus={cpus}"]))
         _wait_for(cluster, nodes=1)
         other = [f"--address={head_ip}:6379", f"--node-ip-address={other_ip}", f"--num-cpus={cpus}"]
-        cluster.nodes.append(_start(cluster, second, "2", other))
+
+        def add() -> None:
+            cluster.nodes.append(_start(cluster, second, str(len(cluster.nodes) + 1), other))
+
+        cluster.add = add
+        add()
         _wait_for(cluster, nodes=2)
         yield cluster
 
@@ -167,21 +176,16 @@ def _wait_for(cluster: RayCluster, nodes: int) -> None:
 
 
 def _living_nodes(cluster: RayCluster) -> int:
-    import json
+    _get(cluster, "/api/jobs/")  # up later than the rest
+    nodes = _get(cluster, "/nodes?view=summary")["data"]["summary"]
+    return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
 
-    request = Request(f"{cluster.address}/nodes?view=summary")
+
+def _get(cluster: RayCluster, path: str) -> Any:
+    request = Request(f"{cluster.address}{path}")
     request.add_header("Authorization", f"Bearer {cluster.token_file.read_text()}")
     with urlopen(request, timeout=5) as answer:
-        summary = json.load(answer)["data"]["summary"]
-    with urlopen_jobs(cluster) as answer:  # the Jobs API is up later than the rest
-        json.load(answer)
-    return sum(node["raylet"].get("state") == "ALIVE" for node in summary)
-
-
-def urlopen_jobs(cluster: RayCluster):
-    request = Request(f"{cluster.address}/api/jobs/")
-    request.add_header("Authorization", f"Bearer {cluster.token_file.read_text()}")
-    return urlopen(request, timeout=5)
+        return json.load(answer)
 
 
 @contextmanager

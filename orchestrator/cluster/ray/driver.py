@@ -162,20 +162,27 @@ def _train(drive: Drive, run: str, command: Sequence[str]) -> Ended:
     bundle, token = drive.bundle, secrets.token_hex(8)
     if warning := warning_of_other_code(bundle):
         drive.voice.speaker.say(warning)
-    for left in (restart_file(bundle.folder), now_file(bundle.folder)):
-        left.unlink(missing_ok=True)
+    _forget_orders(drive)
     write_driver(bundle.folder, _submission_id(), token)
     training = Training(bundle, run, command, token)
     training.start()
     ended = _follow(drive, training)
-    if drive.asked:
-        drive.stop_file.unlink(missing_ok=True)
+    _forget_orders(drive)
     if ended.exit_code == EXIT_STOPPED:
         ended = _unless_not_saved(bundle.folder, ended)
     Journal(bundle.folder).write("end", next_attempt(bundle.folder) - 1, exit_code=ended.exit_code)
     if warning := conclude(bundle, ended):
         drive.voice.speaker.say(warning)
     return ended
+
+
+def _forget_orders(drive: Drive) -> None:
+    """What was ordered of an earlier job. A stop file with a number is the user's, for the run's next steps."""
+    folder = drive.bundle.folder
+    for left in (restart_file(folder), now_file(folder)):
+        left.unlink(missing_ok=True)
+    if drive.stop_file.exists() and not drive.stop_file.read_text().strip():
+        drive.stop_file.unlink()
 
 
 def _follow(drive: Drive, training: Training) -> Ended:

@@ -175,11 +175,17 @@ def test_two_nodes_train_together_and_one_that_is_lost_changes_no_bit(
     with two_nodes(cpus=1) as ray:
         cluster = Cluster(ray, tmp_path / "runs", small)
         run_id, _ = cluster.submit(*LONG, "cluster.placement=STRICT_SPREAD", "cluster.cpus_per_process=0.5")
-        wait_for(lambda: steps_of(cluster.runs_dir / run_id, 1) >= 3, "steps", END_S)
-        first, second = ({p for p in node.pids() if p in cluster.processes()} for node in ray.nodes)
-        assert (len(first), len(second)) == (1, 1)
-        ray.nodes[1].kill()
-        wait_for(lambda: len(journal(cluster.runs_dir / run_id)) >= 2, "the fault", END_S)
+        folder = cluster.runs_dir / run_id
+        wait_for(lambda: steps_of(folder, 1) >= 3, "steps", END_S)
+        on_each = [sorted(set(node.pids()) & cluster.processes().keys()) for node in ray.nodes]
+        assert [len(ranks) for ranks in on_each] == [1, 1]
+        ray.nodes.pop().kill()
+        wait_for(lambda: [event for event in journal(folder) if event["kind"] == "fault"], "the fault", END_S)
+        ray.add()
+        facts = cluster.wait(run_id, "done", "failed")
+        result = cluster.result(run_id)
+        assert (facts["state"], result["attempts"]) == ("done", 2)
+        assert result["weights_sha256"] == long_run["weights_sha256"]
 
 
 def journal(folder: Path) -> list[dict[str, Any]]:
