@@ -33,12 +33,13 @@ Stamped = tuple[str, str]
 class PodLog:
     """The log of one container. `close`, from another thread, ends it."""
 
-    def __init__(self, api: Api, pod: Object):
+    def __init__(self, api: Api, pod: Object, since: str = ""):
+        """`since`: from when on, in RFC 3339."""
         self._api = api
         self._name = str(pod["metadata"]["name"])
         self._uid = str(pod["metadata"].get("uid"))
         self._container = failed_setup(pod) or container_of(pod)
-        self._recent = Recent()
+        self._recent = Recent(since)
         self._closed = threading.Event()
         self._stream: Stream | None = None
 
@@ -111,10 +112,10 @@ class Recent:
     that was rotated begins anew.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, since: str):
         self._seconds = ("", "")
         self._lines: list[Stamped] = []
-        self.since = ""
+        self.since = since
         """From when to ask again."""
 
     def add(self, second: str, zone: str, stamped: Stamped) -> None:
