@@ -22,7 +22,7 @@ SUBMITTER = {
     "/services": "create delete get",
     "networking.k8s.io/networkpolicies": "create delete get",
     "trainer.kubeflow.org/trainingruntimes": "create delete get",
-    "/pods": "get list patch watch",
+    "/pods": "delete get list patch watch",
     "/pods/log": "get",
     "/events": "get list",
     "/persistentvolumeclaims": "get",
