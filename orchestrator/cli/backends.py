@@ -35,22 +35,31 @@ def add_id(parser: Any, nargs: str | None = None) -> None:
     parser.add_argument("run_id", nargs=nargs, metavar="ID", help=text)
 
 
-def open_backend(args: argparse.Namespace) -> Backend:
+def choose_backend(args: argparse.Namespace) -> Backend:
     """The cluster that the overrides name; this machine where there are none. A path as ID names a folder of runs."""
     config = _compose_cluster(args)
-    where = Where.local if config is None else config.where
-    if where is Where.local or config is None:
+    if config is None or config.where is Where.local:
         from orchestrator.cli.runs import go_on
         from orchestrator.cluster.local_backend import LocalBackend
 
         _take_path(args)
         return LocalBackend(args.runs_dir, lambda folder: go_on(folder, args.json))
-    raise ConfigError("cluster", where.name, "is not followed from here yet", "cluster=local")
+    return backend_of(config, args.runs_dir)
+
+
+def backend_of(config: ClusterConfig, runs_dir: Path) -> Backend:
+    """Of another machine."""
+    assert config.where is not Where.local
+    if config.where is Where.ray:
+        from orchestrator.cluster.ray.backend import open_backend
+    else:
+        from orchestrator.cluster.kubernetes.backend import open_backend
+    return open_backend(config, runs_dir)
 
 
 def open_run(args: argparse.Namespace) -> tuple[Backend, str]:
     """The cluster, and the id of its run that `ID` means."""
-    backend = open_backend(args)
+    backend = choose_backend(args)
     return backend, find_id(args.run_id, backend.ids(), _place(args), same_cluster(args.overrides))
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.cli.console import note, print_json
 from orchestrator.config import MAY_CHANGE
-from orchestrator.errors import EXIT_DONE, UserError
+from orchestrator.errors import EXIT_DONE, ConfigError, UserError
 from orchestrator.options import Where
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ EPILOG = """examples:
   orchestrator train experiment=quickstart
   orchestrator train data=cifar10 model=cifar_resnet20 recipe.epochs=20 compute.num_processes=2 tracking=online
   orchestrator train experiment=imagenet_resnet50 --canary
+  orchestrator train compute.num_nodes=2 compute.num_processes=16 cluster=kubernetes --follow
 
 The same command again resumes the run, or says that it is finished. Other values are another run, except of these
 keys, which may change from one attempt to the next:
@@ -44,8 +45,10 @@ def add_to(subparsers: Any) -> None:
     )
     add_config_flags(parser)
     parser.add_argument("--cfg", action="store_true", help="print the config, each value with its source, and stop")
-    parser.add_argument("--dry-run", action="store_true", help="print exactly what would run, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print exactly what would run or be sent, and stop")
     parser.add_argument("--canary", action="store_true", help="try three steps, a resume and all that is written")
+    parser.add_argument("--manifest", type=Path, metavar="FILE", help="write the objects of Kubernetes, send nothing")
+    parser.add_argument("--follow", action="store_true", help="on a cluster: print the logs, end with the run's code")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=train, takes_overrides=True)
 
@@ -58,7 +61,8 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
 
 def train(args: argparse.Namespace) -> int:
     began = time.time()
-    if not (args.cfg or args.dry_run):
+    elsewhere = any(text.startswith("cluster=") and text != "cluster=local" for text in args.overrides)
+    if not (args.cfg or args.dry_run or elsewhere):
         from orchestrator.cluster import local
 
         local.warm_up()
@@ -71,12 +75,26 @@ def train(args: argparse.Namespace) -> int:
     from orchestrator.bundle import freeze
 
     bundle = freeze(composed, _initial(composed.config))
+    if composed.config.cluster.where is not Where.local:
+        from orchestrator.cli.submit import send
+
+        return send(bundle, args)
+    return _train_here(bundle, args, began)
+
+
+def _train_here(bundle: Bundle, args: argparse.Namespace, began: float) -> int:
+    from orchestrator.cluster import local
+
+    if args.manifest:
+        rule = "writes objects of Kubernetes, and this run stays here"
+        raise ConfigError("--manifest", args.manifest, rule, "cluster=kubernetes")
     if args.dry_run:
         return _dry_run(bundle, args.json)
     if args.canary:
         from orchestrator.cli.canary import run_canary
 
         return run_canary(bundle, args.json)
+    local.warm_up()
     return _launch(bundle, args.json, began)
 
 

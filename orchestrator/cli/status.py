@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from orchestrator.cli.backends import add_id, add_verb, open_backend, open_run
+from orchestrator.cli.backends import add_id, add_verb, choose_backend, open_run
 from orchestrator.cli.console import print_json, print_table
 from orchestrator.errors import EXIT_DONE
 
@@ -21,9 +21,9 @@ LS = """examples:
 ABOUT = {"running": "running as process {launcher}", "dead": "not running: the lock is free, and no end was recorded"}
 
 KNOWN_HERE = (
-    "launcher", "exit_code", "reason", "where", "attempt", "world_size", "step", "total_steps", "epoch", "eta_s",
-    "images_per_s", "goodput", "wall_s", "process_hours", "cost", "wasted_steps", "wasted_samples", "stragglers",
-    "last_fault", "faults", "checkpoint", "folder", "wandb", "next", "ranks",
+    "launcher", "exit_code", "reason", "error", "where", "attempt", "world_size", "step", "total_steps", "epoch",
+    "eta_s", "images_per_s", "goodput", "wall_s", "process_hours", "cost", "wasted_steps", "wasted_samples",
+    "stragglers", "last_fault", "faults", "checkpoint", "folder", "wandb", "next", "ranks",
 )  # fmt: skip
 """Facts that another cluster may not know."""
 
@@ -45,7 +45,7 @@ def status(args: argparse.Namespace) -> int:
 
 
 def list_runs(args: argparse.Namespace) -> int:
-    found = open_backend(args).runs()
+    found = choose_backend(args).runs()
     if args.json:
         print_json(found)
         return EXIT_DONE
@@ -80,7 +80,7 @@ def told(facts: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("run", facts["run_id"]),
         ("state", f"{about} ({exit_meaning(code)})" if code else about),
-        ("because", facts["reason"] or ""),
+        ("because", facts["reason"] or facts["error"] or ""),
         ("where", "" if facts["launcher"] else ", ".join(facts["where"] or [])),
         ("attempt", f"{facts['attempt']}" + (f", {facts['world_size']} processes" if facts["world_size"] else "")
          if facts["attempt"] else ""),

@@ -73,12 +73,22 @@ def check_run(config: RunConfig, processes: int, on_this_machine: int | None = N
     `processes`: the world size; `on_this_machine`: where that is less.
     """
     sets = open_sets(config)
-    slices = require_shareable(config.compute.virtual_ranks, process_range(config.compute.num_processes), processes)
-    sets.plan(config).require_fits(slices, config.recipe.accumulate)
+    _require_fits(config, sets, processes)
     _require_local_shards([*sets.train.shards, *sets.val.shards])
     require_device(config.compute, on_this_machine or processes)
     _require_model(config, sets.num_classes)
     return sets
+
+
+def check_for_elsewhere(config: RunConfig, sets: Sets, processes: int) -> None:
+    """What this machine can know of a run that another one will execute: sizes and model."""
+    _require_fits(config, sets, processes)
+    _require_model(config, sets.num_classes)
+
+
+def _require_fits(config: RunConfig, sets: Sets, processes: int) -> None:
+    slices = require_shareable(config.compute.virtual_ranks, process_range(config.compute.num_processes), processes)
+    sets.plan(config).require_fits(slices, config.recipe.accumulate)
 
 
 def _require_model(config: RunConfig, num_classes: int) -> None:
