@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fake_api import TOKEN, FakeApi
+from fake_api import FakeApi, write_kubeconfig
 
 from orchestrator.cluster.kubernetes import api as shell
 from orchestrator.cluster.kubernetes.api import Api
@@ -30,15 +29,3 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeApi]
 @pytest.fixture
 def api(server: FakeApi) -> Api:
     return shell.connect()
-
-
-def write_kubeconfig(path: Path, url: str, token: str = TOKEN) -> None:
-    """JSON is YAML."""
-    one = {"name": "test", "context": {"cluster": "test", "user": "ada"}}
-    other = {"name": "staging", "context": {"cluster": "test", "user": "ada", "namespace": "vision"}}
-    content = {
-        "apiVersion": "v1", "kind": "Config", "current-context": "test", "contexts": [one, other],
-        "clusters": [{"name": "test", "cluster": {"server": url}}],
-        "users": [{"name": "ada", "user": {"token": token}}],
-    }  # fmt: skip
-    path.write_text(json.dumps(content))

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -247,6 +248,18 @@ def selects(query: dict[str, str], obj: Object) -> bool:
         if at != value:
             return False
     return True
+
+
+def write_kubeconfig(path: Path, url: str, token: str = TOKEN) -> None:
+    """JSON is YAML."""
+    one = {"name": "test", "context": {"cluster": "test", "user": "ada"}}
+    other = {"name": "staging", "context": {"cluster": "test", "user": "ada", "namespace": "vision"}}
+    content = {
+        "apiVersion": "v1", "kind": "Config", "current-context": "test", "contexts": [one, other],
+        "clusters": [{"name": "test", "cluster": {"server": url}}],
+        "users": [{"name": "ada", "user": {"token": token}}],
+    }  # fmt: skip
+    path.write_text(json.dumps(content))
 
 
 def _handler(api: FakeApi) -> type[BaseHTTPRequestHandler]:  # noqa: C901

@@ -7,8 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import write_kubeconfig
-from fake_api import FakeApi
+from fake_api import FakeApi, write_kubeconfig
 
 from orchestrator.cluster.kubernetes import api as shell
 from orchestrator.cluster.kubernetes import context

@@ -1,0 +1,155 @@
+"""A live cluster: whatever KUBECONFIG names, else the one that $ORCHESTRATOR_TEST_KUBE (or ../shared/kube) has started.
+
+$ORCHESTRATOR_TEST_IMAGE: an image by digest that can be pulled there and has the requirements;
+$ORCHESTRATOR_TEST_PYTHON: its interpreter; $ORCHESTRATOR_TEST_STORAGE: a storage class with ReadWriteMany.
+The rig's own are taken where it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from launching import Cli, WarmServer, wait_for
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from live import MAKE_SHARDS, TRAIN, Cluster, Live
+
+from orchestrator.bundle import freeze
+from orchestrator.cluster.code import archive_of
+from orchestrator.cluster.job import job_of
+from orchestrator.cluster.kubernetes.api import Api, Object, Request, connect
+from orchestrator.cluster.kubernetes.render import render
+from orchestrator.cluster.kubernetes.resources import CLAIM, JOB, KINDS, POD, Resource
+from orchestrator.cluster.kubernetes.submit import create
+from orchestrator.compose import compose
+from orchestrator.options import JobKind
+
+NAMESPACE = Resource("v1", "namespaces", "Namespace", namespaced=False)
+RESTRICTED = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
+
+
+def rig_kubeconfig() -> str | None:
+    """Of a cluster that the rig has started, if one is up."""
+    beside = Path(__file__).parents[3] / "shared" / "kube"
+    rig = Path(os.environ.get("ORCHESTRATOR_TEST_KUBE", beside)) / "rig"
+    if not rig.is_file():
+        return None
+    told = subprocess.run([sys.executable, str(rig), "env"], capture_output=True, text=True, check=True).stdout
+    path = told.partition("KUBECONFIG=")[2].partition(" ")[0]
+    return path if Path(path).is_file() else None
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    kubeconfig = os.environ.get("KUBECONFIG") or rig_kubeconfig()
+    if kubeconfig is None:
+        pytest.skip("NO CLUSTER: KUBECONFIG is not set, and no rig is up at $ORCHESTRATOR_TEST_KUBE or ../shared/kube")
+    own_image = Path(kubeconfig).parent / "image"
+    image = os.environ.get("ORCHESTRATOR_TEST_IMAGE") or (own_image.read_text().strip() if own_image.exists() else "")
+    if not image:
+        pytest.skip("NO IMAGE: $ORCHESTRATOR_TEST_IMAGE names one by digest that the cluster can pull")
+    python = os.environ.get("ORCHESTRATOR_TEST_PYTHON", sys.executable)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KUBECONFIG", kubeconfig)
+        api = connect(namespace=f"orchestrator-test-{uuid.uuid4().hex[:6]}")
+        yield Cluster(api, image, python, os.environ.get("ORCHESTRATOR_TEST_STORAGE", "shared"))
+
+
+@pytest.fixture(scope="session")
+def space(cluster: Cluster) -> Iterator[Cluster]:
+    """A namespace that refuses what is not restricted, with a claim that all nodes write."""
+    api, name = cluster.api, cluster.api.namespace
+    post(api, NAMESPACE, {"metadata": {"name": name, "labels": RESTRICTED}})
+    claim = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}},
+             "storageClassName": cluster.storage}  # fmt: skip
+    post(api, CLAIM, {"metadata": {"name": cluster.claim}, "spec": claim})
+    yield cluster
+    api.delete(NAMESPACE, name)
+
+
+@pytest.fixture(scope="session")
+def server(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmServer]:
+    """Commands that know the cluster."""
+    warm = WarmServer(tmp_path_factory.mktemp("kube"), [])
+    yield warm
+    warm.close()
+
+
+@pytest.fixture(scope="session")
+def data(space: Cluster) -> Cluster:
+    """The claim with a synthetic set, made by a pod: what a run needs, without training."""
+
+    archive = archive_of([])
+    bundle = freeze(compose([*TRAIN, *space.overrides("job", "none"), "compute.num_nodes=1", "name=make-data"]))
+    make = [space.python, "-m", "jobs.make_shards", *("/runs/data/synthetic" if w == "OUT" else w for w in MAKE_SHARDS)]
+    *parts, job = render(replace(job_of(bundle, archive.digest), command=tuple(make)), JobKind.job, archive.content)
+    assert create(space.api, [*parts, job])
+    name = job["metadata"]["name"]
+    done = wait_for(lambda: ended(space.api, JOB, name), "the synthetic set", 120)
+    assert done == "Complete", space.api.list(POD)
+    return space
+
+
+def ended(api: Api, resource: Resource, name: str) -> str | None:
+    conditions = (api.get(resource, name).get("status") or {}).get("conditions") or []
+    return next((one["type"] for one in conditions if one["type"] in ("Complete", "Failed")), None)
+
+
+def post(api: Api, resource: Resource, obj: Object) -> Object:
+    body = {"apiVersion": resource.api, "kind": resource.kind, **obj}
+    return api.call(Request("POST", resource.path(api.namespace), body=body))
+
+
+@pytest.fixture(params=["job", "jobset"])
+def kind(request: pytest.FixtureRequest, data: Cluster) -> str:
+
+    if not data.api.serves(KINDS[JobKind[request.param]]):
+        pytest.skip(f"NOT SERVED: the cluster knows no {request.param}")
+    return request.param
+
+
+@pytest.fixture
+def submit(server: WarmServer, data: Cluster, kind: str, tmp_path: Path) -> Iterator[Callable[..., Live]]:
+    """Send a run of some epochs and a seed; its objects are removed at the end, its folder with the claim."""
+    cli, sent = Cli(server, tmp_path, ()), list[Live]()
+
+    def send(*overrides: str) -> Live:
+        answer = cli("train", *TRAIN, *overrides, *data.overrides(kind, f"{kind}-{uuid.uuid4().hex[:4]}"), "--json")
+        assert answer.code == 0, answer.err
+        live = Live(cli, data, answer.json()["run_id"])
+        sent.append(live)
+        return live
+
+    yield send
+    for live in sent:
+        if live.facts()["state"] in ("queued", "starting", "running"):
+            live.verb("cancel", "--now")
+        assert live.verb("rm").code == 0
+
+
+@pytest.fixture(scope="session")
+def local_weights(server: WarmServer, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """The same run on this machine; each once."""
+    here = Cli(server, tmp_path_factory.mktemp("local"), ())
+    out = here.cwd / "data" / "synthetic"
+    known: dict[tuple[str, ...], str] = {}
+
+    def train(*overrides: str) -> str:
+        if not out.exists():
+            made = here("shards", "make", *(str(out) if word == "OUT" else word for word in MAKE_SHARDS))
+            assert made.code == 0, made.err
+        if overrides not in known:
+            answer = here("train", *TRAIN, *overrides, "--json")
+            assert answer.code == 0, answer.err
+            known[overrides] = answer.json()["weights_sha256"]
+        return known[overrides]
+
+    return train
