@@ -8,6 +8,7 @@ or writes stays alive to the others, and one that is stopped does not.
 from __future__ import annotations
 
 import json
+import math
 import queue
 import socket
 import threading
@@ -37,6 +38,8 @@ class Message:
     """Number of the connection, in the order in which they came."""
     kind: str
     facts: dict[str, Any]
+    ahead_s: float = 0.0
+    """By how much this machine's clock is ahead of the peer's."""
 
 
 @dataclass(slots=True)
@@ -45,6 +48,8 @@ class _Peer:
     connection: socket.socket
     heard: float = field(default_factory=time.monotonic)
     buffer: bytes = b""
+    ahead_s: float = math.inf
+    """The least that a message seemed to take by the two clocks; what it took in truth is little beside that."""
     sending: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -74,7 +79,7 @@ class Lifeline:
         """To a peer that is gone nothing is sent."""
         found = self._peers.get(peer)
         if found is not None:
-            self._write(found, json.dumps({"kind": kind, **facts}).encode() + b"\n")
+            self._write(found, json.dumps({"kind": kind, "sent": time.time(), **facts}).encode() + b"\n")
 
     def own_address(self, peer: int) -> str | None:
         """Of this end of a connection."""
@@ -144,7 +149,8 @@ class Lifeline:
         try:
             for line in filter(None, lines):
                 facts = json.loads(line)
-                self._inbox.put(Message(peer.number, facts.pop("kind"), facts))
+                peer.ahead_s = min(peer.ahead_s, time.time() - facts.pop("sent"))
+                self._inbox.put(Message(peer.number, facts.pop("kind"), facts, peer.ahead_s))
         except (ValueError, KeyError, AttributeError, TypeError):
             return False
         return True

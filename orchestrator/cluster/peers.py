@@ -42,13 +42,13 @@ class Report:
         return self.lost is not None or bool(self.errors) or any(map(is_failure, self.codes.values()))
 
     def facts(self) -> dict[str, Any]:
-        """As a message, with ages instead of times, since clocks of machines differ."""
-        errors = [{**error, "t": time.time() - error["t"]} for error in self.errors]
-        return {"codes": list(self.codes.items()), "errors": errors, "starved": self.starved}
+        """As a message."""
+        return {"codes": list(self.codes.items()), "errors": self.errors, "starved": self.starved}
 
 
-def report_from(facts: Mapping[str, Any]) -> Report:
-    errors = tuple({**error, "t": time.time() - error["t"]} for error in facts["errors"])
+def report_from(facts: Mapping[str, Any], ahead_s: float) -> Report:
+    """`ahead_s`: of this machine's clock, by which the times of errors are compared with those here."""
+    errors = tuple({**error, "t": error["t"] + ahead_s} for error in facts["errors"])
     return Report(dict(facts["codes"]), errors, facts["starved"])
 
 
@@ -125,7 +125,7 @@ class First:
             running.signs_elsewhere.update(signs_from(facts["signs"]))
         match message.kind:
             case "report":
-                self._reports.setdefault(node, report_from(facts))
+                self._reports.setdefault(node, report_from(facts, message.ahead_s))
             case "stop":
                 running.launch.stop.ask(signal.Signals(facts["number"]))
             case "stacks":

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from orchestrator.bundle import load_bundle
 from orchestrator.errors import DeviceError, NodeError, StopRequested, TransientError, UserError
 from orchestrator.files import read_json, write_json
 from orchestrator.train.heartbeat import Heartbeat, heartbeat_file
@@ -32,6 +33,11 @@ def rank(script: str, attempt: int, began: float) -> None:
     folder, world = Path(script).parent, read_world()
     code = supervise(folder, world, attempt, lambda _: Job(folder, world, attempt, read_json(Path(script))).run())
     sys.exit(code)
+
+
+def node_rank(bundle: str, attempt: int, began: float) -> None:
+    """The entry of the launchers of nodes, which name a bundle: the script lies in its run's folder."""
+    rank(str(load_bundle(Path(bundle)).folder / "script.json"), attempt, began)
 
 
 def mute(script: str, attempt: int, began: float) -> None:

@@ -111,7 +111,16 @@ def test_a_process_that_is_killed_or_stopped_is_gone_within_seconds(
         process.wait()
 
 
-@pytest.mark.parametrize("words", [b"GET / HTTP/1.1\r\n\r\n", b"5\n", b"[]\n", b'{"no": "kind"}\n', b"x" * (2 << 20)])
+def test_the_difference_of_two_clocks_is_known_however_late_a_message_is_read(first: Lifeline, other: Lifeline) -> None:
+    for sent in (-100.0, -100.5, -99.0):  # by a clock that is 99 s behind, and messages that took up to 1.5 s
+        other.send(0, "signs", sent=time.time() + sent)
+    time.sleep(0.5)
+    assert [message.ahead_s for message in heard(first, 3)] == pytest.approx([100, 100, 99], abs=0.2)
+
+
+@pytest.mark.parametrize(
+    "words", [b"GET / HTTP/1.1\r\n\r\n", b"5\n", b"[]\n", b'{"sent": 1}\n', b'{"kind": "hello"}\n', b"x" * (2 << 20)]
+)
 def test_a_stranger_is_shown_out_and_harms_nobody(first: Lifeline, other: Lifeline, port: int, words: bytes) -> None:
     with socket.create_connection(("127.0.0.1", port)) as stranger:
         with suppress(OSError):
