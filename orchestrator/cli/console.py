@@ -14,6 +14,8 @@ from typing import Any
 from orchestrator.redact import redact
 
 PLAIN_EVERY_S = 5.0
+WIDE = 1000
+"""Columns where the output is no terminal: who reads a pipe wants ids whole."""
 
 Advance = Callable[[int], None]
 
@@ -78,7 +80,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
         table.add_column(column, justify="right" if numeric else "left")
     for row in rows:
         table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    is_terminal = sys.stdout.isatty()
+    Console(soft_wrap=not is_terminal, width=None if is_terminal else WIDE).print(table)
 
 
 def given_options(args: argparse.Namespace, kind: Any) -> dict[str, Any]:
