@@ -15,9 +15,9 @@ from orchestrator.cluster.kubernetes.asking import ask_for_stacks
 from orchestrator.cluster.kubernetes.facts import facts_of, newest_progress, place_of
 from orchestrator.cluster.kubernetes.follow import Follower
 from orchestrator.cluster.kubernetes.lifecycle import collect_code, erase, objects_of, start_again, suspend
-from orchestrator.cluster.kubernetes.logs import Joiner, read_ended
+from orchestrator.cluster.kubernetes.logs import Joiner, read_ended, with_earlier
 from orchestrator.cluster.kubernetes.pods import has_started, is_running
-from orchestrator.cluster.kubernetes.pull import pull_folder
+from orchestrator.cluster.kubernetes.pull import earlier_lines, pull_folder
 from orchestrator.cluster.kubernetes.render import START_DEADLINE
 from orchestrator.cluster.kubernetes.resources import RUN, run_of
 from orchestrator.cluster.kubernetes.runs import Found, all_runs, get_run, observe, pods_of
@@ -55,8 +55,16 @@ class KubernetesBackend:
         return {**facts_of(found.run, state, progress), "where": place_of(self._api, found, seen)}
 
     def logs(self, run_id: str, follow: bool, rank: int | None) -> Iterator[LogLine]:
-        get_run(self._api, run_id)
-        joiner = Joiner(rank)
+        found = get_run(self._api, run_id)
+        living = state_of(observe(self._api, found)).living
+
+        def earlier(before: int | None) -> Iterator[LogLine]:
+            is_new = before is None and living  # no pod has said anything yet
+            return iter(()) if is_new else earlier_lines(self._api, found, before, rank)
+
+        return with_earlier(self._pods_lines(run_id, follow, Joiner(rank)), earlier)
+
+    def _pods_lines(self, run_id: str, follow: bool, joiner: Joiner) -> Iterator[LogLine]:
         if not follow:
             return read_ended(self._api, pods_of(self._api, run_id), joiner)
         follower = Follower(self._api, f"{RUN}={run_id}", joiner)

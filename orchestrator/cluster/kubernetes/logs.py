@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from orchestrator.cluster.backend import LogLine
 from orchestrator.cluster.kubernetes.api import Api, Object, Stream
@@ -187,6 +187,21 @@ def read_ended(api: Api, pods: Iterable[Object], joiner: Joiner) -> Iterator[Log
         line = joiner.take(text, attempt)
         if line is not None:
             yield line
+
+
+def with_earlier(lines: Iterator[LogLine], earlier: Callable[[int | None], Iterator[LogLine]]) -> Iterator[LogLine]:
+    """Before the first line of an attempt that is not the first one, what the run's folder has of those before it.
+
+    `earlier` reads them up to an attempt; None: all, for no pod is left.
+    """
+    first = True
+    for line in lines:
+        if first and line.attempt > 1:
+            yield from earlier(line.attempt)
+        first = first and line.attempt == 0
+        yield line
+    if first:
+        yield from earlier(None)
 
 
 def _by_attempt(lines: Iterator[Stamped]) -> Iterator[tuple[int, str, str]]:

@@ -15,8 +15,10 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from orchestrator.cluster.backend import LogLine
 from orchestrator.cluster.kubernetes import reader
 from orchestrator.cluster.kubernetes.api import Api, Object
 from orchestrator.cluster.kubernetes.failures import Conflict
@@ -25,6 +27,7 @@ from orchestrator.cluster.kubernetes.pod import verbatim
 from orchestrator.cluster.kubernetes.pods import has_started, obstacle_of
 from orchestrator.cluster.kubernetes.resources import JOB, POD, PRODUCT, TRAINING_RUNTIME, run_of
 from orchestrator.cluster.kubernetes.runs import Found, bundle_of
+from orchestrator.cluster.rank_logs import read_logs
 from orchestrator.errors import TransientError, UserError
 from orchestrator.files import hash_file
 
@@ -42,12 +45,28 @@ LONGEST_S = 6 * 3600
 
 def pull_folder(api: Api, found: Found, to: Path, checkpoints: bool) -> Path:
     """Copy the run's folder to `to`/ID. Raises UserError where no claim holds it."""
-    folder = folder_of(api, found)
     target = to / run_of(found.run)
+    _receive(api, found, target, {"below": [""], "without": [] if checkpoints else ["checkpoints/"]})
+    return target
+
+
+def earlier_lines(api: Api, found: Found, before: int | None, rank: int | None) -> Iterator[LogLine]:
+    """From the run's folder, what ranks said in attempts before this one, or in all; nothing if it is out of reach."""
+    below = ["logs/"] if before is None else [f"logs/attempt_{number}/" for number in range(1, before)]
+    with TemporaryDirectory() as scratch:
+        try:
+            _receive(api, found, Path(scratch), {"below": below, "without": []})
+        except (UserError, TransientError) as error:
+            logger.warning("the logs of earlier attempts are not shown: %s", error)
+        yield from read_logs(Path(scratch), rank, lambda: False)
+
+
+def _receive(api: Api, found: Found, target: Path, asked: dict[str, Any]) -> None:
+    folder = folder_of(api, found)
     for _ in range(ROUNDS):
-        with _reader(api, found, folder, {"known": known_files(target), "checkpoints": checkpoints}) as lines:
+        with _reader(api, found, folder, {"known": known_files(target), **asked}) as lines:
             if Receiver(target).take(lines):
-                return target
+                return
         logger.info("%s: lines of the reader's log were lost; asking again for what lacks", found.name)
     raise TransientError(f"{found.name}: its folder did not come whole in {ROUNDS} tries. Way out: try again")
 

@@ -14,21 +14,18 @@ import time
 PART = 11_520
 """Bytes; a line of a container's log is cut at 16 KiB."""
 SKIPPED = ("lock",)
-CHECKPOINTS = "checkpoints"
 
 
-def files_of(folder, checkpoints):
-    """Paths relative to the folder, in order; what is half written has a name that begins with a dot."""
+def files_of(folder, below, without):
+    """Paths relative to the folder, in order, that begin with one of `below` and with none of `without`."""
     found = []
     for root, folders, names in os.walk(folder):
-        folders[:] = [one for one in folders if not one.startswith(".")]
-        if not checkpoints and root == folder:
-            folders[:] = [one for one in folders if one != CHECKPOINTS]
+        folders[:] = [one for one in folders if not one.startswith(".")]  # halves of what is being written
         for name in names:
             path = os.path.join(root, name)
             if not name.startswith(".") and name not in SKIPPED and os.path.isfile(path) and not os.path.islink(path):
                 found.append(os.path.relpath(path, folder))
-    return sorted(found)
+    return sorted(path for path in found if path.startswith(tuple(below)) and not path.startswith(tuple(without)))
 
 
 def start_of(file, known):
@@ -59,7 +56,7 @@ def send(folder, path, known, say, number):
 
 
 def main(folder, asked):
-    """`asked`: JSON with known {path: [size, sha256]}, checkpoints (whether they are wanted), bytes_per_s."""
+    """`asked`: known {path: [size, sha256]}, below, without (see `files_of`), bytes_per_s."""
     if not os.path.isdir(folder):
         print(f"none {folder}", flush=True)
         return
@@ -74,7 +71,7 @@ def main(folder, asked):
             sys.stdout.flush()
             time.sleep(early)
 
-    number, paths = 0, files_of(folder, asked["checkpoints"])
+    number, paths = 0, files_of(folder, asked["below"], asked["without"])
     for path in paths:
         try:
             number = send(folder, path, asked["known"].get(path, [0, hashlib.sha256().hexdigest()]), say, number)

@@ -163,3 +163,28 @@ def test_the_reader_is_restricted_and_writes_nowhere() -> None:
     assert "orchestrator/run" not in job["metadata"]["labels"]
     with pytest.raises(UserError, match="no claim of the run holds it"):
         reader_job("pull-x-1", wanted, "/elsewhere", {})
+
+
+def test_attempts_whose_pods_are_gone_are_read_from_the_folder(folder: Path, node: Node, api: Api) -> None:
+    for attempt in (1, 2, 3):
+        (folder / f"logs/attempt_{attempt}").mkdir(exist_ok=True)
+        (folder / f"logs/attempt_{attempt}/rank_0.log").write_text(f"one of {attempt}\ntwo of {attempt}\n")
+    backend = KubernetesBackend(api)
+    assert [line.text for line in backend.logs(RUN_ID, False, None)] == [
+        f"{which} of {attempt}" for attempt in (1, 2, 3) for which in ("one", "two")
+    ]
+    node.server.put(CORE, "pods", pod(0))
+    node.server.log(f"{RUN_ID}-0-aaaaa").write("[a0 n0 #1] begins", "[a3 r0 #1] one of 3", "[a3 r0 #2] two of 3")
+    lines = list(backend.logs(RUN_ID, False, 0))
+    assert [(line.attempt, line.number) for line in lines] == [(a, n) for a in (1, 2, 3) for n in (1, 2)]
+    assert not any("attempt_3" in line for line in node.sent[1])
+
+
+def test_a_folder_out_of_reach_is_said_and_the_pods_are_read(
+    folder: Path, node: Node, api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
+    node.server.remove(CORE, "configmaps", f"run-{RUN_ID}")
+    node.server.put(CORE, "pods", pod(0))
+    node.server.log(f"{RUN_ID}-0-aaaaa").write("[a2 r0 #1] one")
+    assert [line.text for line in KubernetesBackend(api).logs(RUN_ID, False, None)] == ["one"]
+    assert "the logs of earlier attempts are not shown" in caplog.text
