@@ -124,6 +124,29 @@ def test_a_pod_that_was_there_only_for_a_moment_at_the_end_is_read(server: FakeA
     assert keys(lines) == [(1, 1, 1)]
 
 
+def test_pods_that_no_watch_told_of_are_read_at_the_end(server: FakeApi, api: Api, run: Run) -> None:
+    follower = Follower(api, LABEL, Joiner())
+    follower._find = lambda pods, version: None
+    lines = follower.lines(lambda: True)
+    threading.Timer(0.02, lambda: run.start(0).write(*said(1, 0, 1))).start()
+    threading.Timer(0.04, run.end, (0,)).start()
+    assert keys(lines) == [(1, 0, 1)]
+
+
+def test_a_stream_that_ends_while_its_container_lives_is_opened_again(server: FakeApi, api: Api, run: Run) -> None:
+    log = run.start(0)
+    log.write(*said(1, 0, 1))
+    log.end()
+    lines = run.follower(api)
+    assert next(lines).number == 1
+    log.ended = False
+    log.write(*said(1, 0, 2))
+    assert next(lines).number == 2
+    run.end(0)
+    run.over = True
+    assert list(lines) == []
+
+
 def test_broken_connections_lose_and_repeat_nothing(server: FakeApi, api: Api, run: Run) -> None:
     log = run.start(0)
     server.cut_logs = [1, 3, 7, 50, 400]

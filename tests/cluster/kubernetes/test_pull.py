@@ -104,7 +104,7 @@ def test_a_second_pull_brings_only_what_has_grown(folder: Path, node: Node, api:
     came = backend.pull(RUN_ID, tmp_path / "here")
     with open(folder / "logs/attempt_1/rank_0.log", "ab") as file:
         file.write(b"more")
-    (came / "run.json").write_bytes(b"{edited here")
+    (came / "run.json").write_bytes(b"[]")
     backend.pull(RUN_ID, tmp_path / "here")
     assert len([line for line in node.sent[1] if line.startswith("part")]) == 2
     assert (came / "logs/attempt_1/rank_0.log").read_bytes() == b"x" * 30_000 + b"more"
