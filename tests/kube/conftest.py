@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from launching import Cli, WarmServer, wait_for
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -27,13 +28,15 @@ from orchestrator.cluster.code import archive_of
 from orchestrator.cluster.job import job_of
 from orchestrator.cluster.kubernetes.api import Api, Object, Request, connect
 from orchestrator.cluster.kubernetes.render import render
-from orchestrator.cluster.kubernetes.resources import CLAIM, JOB, KINDS, POD, Resource
+from orchestrator.cluster.kubernetes.resources import ACCOUNT, CLAIM, JOB, KINDS, POD, Resource
 from orchestrator.cluster.kubernetes.submit import create
 from orchestrator.compose import compose
 from orchestrator.options import JobKind
 
 NAMESPACE = Resource("v1", "namespaces", "Namespace", namespaced=False)
-RESTRICTED = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
+PLURALS = {"Role": "roles", "RoleBinding": "rolebindings", "ServiceAccount": "serviceaccounts",
+           "NetworkPolicy": "networkpolicies"}  # fmt: skip
+BASE = Path(__file__).parents[2] / "k8s" / "base"
 
 
 def rig_kubeconfig() -> str | None:
@@ -65,9 +68,13 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def space(cluster: Cluster) -> Iterator[Cluster]:
-    """A namespace that refuses what is not restricted, with a claim that all nodes write."""
+    """A namespace as k8s/base makes it, which refuses what is not restricted, and a claim that all nodes write."""
     api, name = cluster.api, cluster.api.namespace
-    post(api, NAMESPACE, {"metadata": {"name": name, "labels": RESTRICTED}})
+    for path in ("namespace", "service_account", "submitter_role", "submitter_binding", "network_policy"):
+        obj = yaml.safe_load((BASE / f"{path}.yaml").read_text().replace("training", name))
+        kind = obj["kind"]
+        known = NAMESPACE if kind == "Namespace" else Resource(obj["apiVersion"], PLURALS[kind], kind)
+        post(api, known, obj)
     claim = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}},
              "storageClassName": cluster.storage}  # fmt: skip
     post(api, CLAIM, {"metadata": {"name": cluster.claim}, "spec": claim})
@@ -76,24 +83,43 @@ def space(cluster: Cluster) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def server(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmServer]:
-    """Commands that know the cluster."""
-    warm = WarmServer(tmp_path_factory.mktemp("kube"), [])
+def server(space: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmServer]:
+    """Commands that know the cluster and have the rights of k8s/base's submitter, no more."""
+    folder = tmp_path_factory.mktemp("kube")
+    body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": 7200}}
+    path = ACCOUNT.path(space.api.namespace, "submitter", "token")
+    token = space.api.call(Request("POST", path, body=body))["status"]["token"]
+    config = yaml.safe_load(Path(os.environ["KUBECONFIG"]).read_text())
+    config["users"] = [{**user, "user": {"token": token}} for user in config["users"]]
+    (folder / "kubeconfig").write_text(yaml.safe_dump(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KUBECONFIG", str(folder / "kubeconfig"))
+        warm = WarmServer(folder, [])
     yield warm
     warm.close()
 
 
 @pytest.fixture(scope="session")
-def data(space: Cluster) -> Cluster:
-    """The claim with a synthetic set, made by a pod: what a run needs, without training."""
+def command(space: Cluster) -> Callable[..., str]:
+    """Run a command on one node in the place of a launcher: with the code, the claim and the labels of a run."""
 
-    archive = archive_of([])
-    bundle = freeze(compose([*TRAIN, *space.overrides("job", "none"), "compute.num_nodes=1", "name=make-data"]))
-    make = [space.python, "-m", "jobs.make_shards", *("/runs/data/synthetic" if w == "OUT" else w for w in MAKE_SHARDS)]
-    *parts, job = render(replace(job_of(bundle, archive.digest), command=tuple(make)), JobKind.job, archive.content)
-    assert create(space.api, [*parts, job])
-    name = job["metadata"]["name"]
-    done = wait_for(lambda: ended(space.api, JOB, name), "the synthetic set", 120)
+    def start(name: str, *words: str) -> str:
+        archive = archive_of([])
+        own = ("compute.num_nodes=1", "compute.num_processes=1", f"name={name}")
+        bundle = freeze(compose([*TRAIN, *space.overrides("job", name), *own]))
+        spec = replace(job_of(bundle, archive.digest), command=(space.python, *words))
+        assert create(space.api, render(spec, JobKind.job, archive.content))
+        return bundle.run_id
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def data(space: Cluster, command: Callable[..., str]) -> Cluster:
+    """The claim with a synthetic set, made by a pod."""
+    words = ("/runs/data/synthetic" if word == "OUT" else word for word in MAKE_SHARDS)
+    run_id = command("make-data", "-m", "jobs.make_shards", *words)
+    done = wait_for(lambda: ended(space.api, JOB, run_id), "the synthetic set", 120)
     assert done == "Complete", space.api.list(POD)
     return space
 

@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable
 
 import pytest
-from live import Live
+from live import Cluster, Live
 
+from orchestrator.cluster.kubernetes.backend import KubernetesBackend
 from orchestrator.cluster.kubernetes.pods import index_of, is_running
 from orchestrator.cluster.kubernetes.resources import POD
 
@@ -69,3 +70,20 @@ def test_every_rank_says_where_it_is(submit: Submit) -> None:
     stacks = answer.json()
     assert sorted(stacks) == ["0", "1"]
     assert all(any("orchestrator/" in frame for frame in frames) for frames in stacks.values())
+
+
+SPEAKER = """
+import time
+began = time.monotonic()
+for number in range(1, COUNT + 1):
+    print(f"[a1 r0 #{number}] " + "x" * 1500, flush=number % 50 == 0)
+    time.sleep(max(0, began + number / 1000 - time.monotonic()))
+"""
+
+
+def test_a_thousand_lines_a_second_come_whole_through_rotations(space: Cluster, command: Callable[..., str]) -> None:
+    """A node keeps 10 MiB of a log in one file and looks every ten seconds; this is more than three of them."""
+    count = 25_000
+    run_id = command("speaker", "-c", SPEAKER.replace("COUNT", str(count)))
+    lines = list(KubernetesBackend(space.api).logs(run_id, True, 0))
+    assert [line.number for line in lines] == list(range(1, count + 1))

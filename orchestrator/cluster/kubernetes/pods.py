@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.errors import EXIT_TERMINATED, EXIT_TRANSIENT
+from orchestrator.errors import EXIT_NODE, EXIT_TERMINATED, EXIT_TRANSIENT
 
 Object = dict[str, Any]
 INDEX = "batch.kubernetes.io/job-completion-index"
@@ -112,6 +112,12 @@ def cause_of(ends: Iterable[End]) -> End | None:
         return None
     newest = max((end.attempt or 0 for end in known), default=0)
     return min((end for end in known if (end.attempt or newest) == newest), key=lambda end: (_victim(end), end.at))
+
+
+def unfit_nodes(pods: Iterable[Object]) -> list[str]:
+    """Nodes of which a launcher said that they are unfit."""
+    ends = [end for end in map(end_of, pods) if end]
+    return sorted({end.node for end in ends if end.exit_code == EXIT_NODE and end.node})
 
 
 def _victim(end: End) -> int:

@@ -6,12 +6,13 @@ import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.cluster.job import JobSpec
 from orchestrator.cluster.kubernetes.api import Api, Object, Request
 from orchestrator.cluster.kubernetes.failures import Conflict, Refused
 from orchestrator.cluster.kubernetes.lifecycle import erase, start_again
+from orchestrator.cluster.kubernetes.pods import unfit_nodes
 from orchestrator.cluster.kubernetes.references import check_references
 from orchestrator.cluster.kubernetes.render import remarks, render
 from orchestrator.cluster.kubernetes.resources import (
@@ -24,7 +25,7 @@ from orchestrator.cluster.kubernetes.resources import (
     Resource,
     resource_of,
 )  # fmt: skip
-from orchestrator.cluster.kubernetes.runs import Found, find_run, get_run, observe
+from orchestrator.cluster.kubernetes.runs import Found, find_run, get_run, observe, pods_of
 from orchestrator.cluster.kubernetes.states import RunState, is_suspended, state_of
 from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.options import JobKind
@@ -65,6 +66,10 @@ def submit(api: Api, spec: JobSpec, archive: bytes | None = None) -> Submission:
         why = "it is there already" if outcome != "restarted" else why
     if outcome == "restarted":
         assert earlier is not None
+        unfit = unfit_nodes(pods_of(api, spec.run_id))
+        if unfit:
+            objects = render(replace(spec, avoid_nodes=tuple(unfit)), kind, archive)
+            notes.append(f"avoids {', '.join(unfit)}, which a launcher found unfit")
         erase(api, earlier)
     if outcome in ("submitted", "restarted") and not create(api, objects):
         _meet(api, objects, get_run(api, spec.run_id))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from fake_api import FakeApi
-from objects import condition, pod
+from objects import condition, ended, pod
 from profiles import ARCHIVE, RUN, profile
 
 from orchestrator.cluster.job import JobSpec
@@ -135,6 +135,16 @@ def test_a_failed_run_starts_again_under_its_name(
     assert run.uid != uid
     assert [owner["uid"] for owner in server.objects[CORE, "default", "configmaps", f"run-{RUN}"]["metadata"][
         "ownerReferences"]] == [run.uid]  # fmt: skip
+
+
+def test_a_run_that_found_a_node_unfit_avoids_it(server: FakeApi, api: Api, spec: JobSpec) -> None:
+    send(api, spec)
+    server.put(CORE, "pods", pod(0, "Failed", name=RUN, node="rig-b", state=ended(44, "the GPU is lost")))
+    server.change(BATCH, "jobs", RUN, status={"conditions": [condition("Failed", "BackoffLimitExceeded")]})
+    came = send(api, spec)
+    assert came.outcome == "restarted"
+    assert "avoids rig-b, which a launcher found unfit" in came.notes
+    assert "'values': ['rig-b']" in str(get_run(api, RUN).run["spec"]["template"]["spec"]["affinity"])
 
 
 def test_a_run_that_is_done_is_not_started_again(server: FakeApi, api: Api, spec: JobSpec) -> None:
