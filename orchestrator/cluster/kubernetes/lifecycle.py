@@ -22,7 +22,7 @@ from orchestrator.cluster.kubernetes.resources import (
     WORKLOAD,
     run_of,
 )  # fmt: skip
-from orchestrator.cluster.kubernetes.runs import Found, all_runs, pods_of, workload_of
+from orchestrator.cluster.kubernetes.runs import Found, all_runs, find_workload, pods_of, workload_of
 from orchestrator.cluster.kubernetes.states import queue_of
 from orchestrator.errors import TransientError
 
@@ -33,6 +33,8 @@ ARCHIVE = "orchestrator/archive"
 POLL_S = 0.5
 MARGIN_S = 60.0
 """Beyond their grace period, that pods may take to go."""
+QUEUE_S = 10.0
+"""In which Kueue takes note of a run."""
 SERVER_OWNED = ("uid", "resourceVersion", "creationTimestamp", "generation", "managedFields", "ownerReferences",
                 "finalizers", "selfLink", "namespace", "deletionTimestamp")  # fmt: skip
 OF_A_JOB = ("controller-uid", "batch.kubernetes.io/controller-uid", "job-name", "batch.kubernetes.io/job-name")
@@ -42,7 +44,7 @@ OF_A_JOB = ("controller-uid", "batch.kubernetes.io/controller-uid", "job-name", 
 def suspend(api: Api, found: Found, now: bool) -> None:
     """Let the ranks save and go, or kill them; returns when no pod is left."""
     mark = {"metadata": {"annotations": {STOPPED: datetime.now(UTC).isoformat(timespec="seconds")}}}
-    workload = workload_of(api, found)
+    workload = _workload_to_stop(api, found)
     if workload is not None:  # the queue would start what is only suspended
         api.patch(WORKLOAD, workload["metadata"]["name"], {"spec": {"active": False}})
         api.patch(found.resource, found.name, mark)
@@ -52,6 +54,17 @@ def suspend(api: Api, found: Found, now: bool) -> None:
         for pod in _active(api, found):
             api.delete(POD, pod["metadata"]["name"], grace_s=0)
     wait_for_pods(api, found)
+
+
+def _workload_to_stop(api: Api, found: Found) -> Object | None:
+    """The queue's record, which comes a moment after the run. Raises Forbidden: without it nothing would stop."""
+    until = time.monotonic() + QUEUE_S
+    while queue_of(found.run) is not None and time.monotonic() < until:
+        workload = find_workload(api, found)
+        if workload is not None:
+            return workload
+        time.sleep(POLL_S)
+    return None
 
 
 def start_again(api: Api, found: Found) -> None:

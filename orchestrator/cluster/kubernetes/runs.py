@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from orchestrator.cluster.kubernetes.api import Api, Object
 from orchestrator.cluster.kubernetes.failures import Forbidden, NotServed
+from orchestrator.cluster.kubernetes.pods import is_running
 from orchestrator.cluster.kubernetes.resources import (
     CONFIG_MAP,
     EVENT,
@@ -23,7 +24,7 @@ from orchestrator.cluster.kubernetes.resources import (
     resource_of,
     run_of,
 )  # fmt: skip
-from orchestrator.cluster.kubernetes.states import Observed, queue_of
+from orchestrator.cluster.kubernetes.states import Observed, has_ended, queue_of
 from orchestrator.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -81,10 +82,12 @@ def all_runs(api: Api) -> list[Object]:
 
 
 def observe(api: Api, found: Found) -> Observed:
-    """All that tells where a run stands."""
+    """All that tells where a run stands; events only where they may tell why it does not start."""
     pods = pods_of(api, run_of(found.run))
+    all_run = pods != [] and all(map(is_running, pods))
     names = {pod["metadata"]["name"] for pod in pods} | {found.name}
-    return Observed(found.run, pods, _events_of(api, names), workload_of(api, found))
+    events = [] if all_run or has_ended(found.run) else _events_of(api, names)
+    return Observed(found.run, pods, events, workload_of(api, found))
 
 
 def pods_of(api: Api, run_id: str) -> list[Object]:
@@ -93,14 +96,19 @@ def pods_of(api: Api, run_id: str) -> list[Object]:
 
 def workload_of(api: Api, found: Found) -> Object | None:
     """Kueue's record of the run, where there is one that may be read."""
-    if queue_of(found.run) is None:
-        return None
     try:
-        workloads = api.list(WORKLOAD)[0]
+        return find_workload(api, found)
     except (Forbidden, NotServed):
         return None
-    owned = (one for one in workloads if found.uid in (o["uid"] for o in one["metadata"].get("ownerReferences", ())))
-    return next(owned, None)
+
+
+def find_workload(api: Api, found: Found) -> Object | None:
+    if queue_of(found.run) is None:
+        return None
+    for workload in api.list(WORKLOAD)[0]:
+        if found.uid in (owner["uid"] for owner in workload["metadata"].get("ownerReferences", ())):
+            return workload
+    return None
 
 
 def bundle_of(api: Api, run_id: str) -> dict[str, Any] | None:

@@ -85,6 +85,11 @@ def queue_of(run: Object) -> str | None:
     return (run["metadata"].get("labels") or {}).get(QUEUE)
 
 
+def has_ended(run: Object) -> bool:
+    """Whether its controller has given its verdict."""
+    return _verdict(run)[0] is not None
+
+
 def _verdict(run: Object) -> tuple[str | None, str | None]:
     """(done | failed, in whose words), or nothing where the run has not ended."""
     if run["kind"] == "RayJob":

@@ -185,6 +185,25 @@ def test_a_queued_run_is_stopped_at_its_workload(server: FakeApi, backend: Kuber
     assert server.objects[KUEUE, "default", "workloads", name]["spec"]["active"] is True
 
 
+def test_a_run_that_its_queue_has_not_noted_yet_is_stopped_there_as_well(
+    server: FakeApi, backend: KubernetesBackend
+) -> None:
+    put_run(server, queue="team", suspend=True)
+    threading.Timer(0.05, server.put, (KUEUE, "workloads", workload())).start()
+    backend.cancel(RUN_ID, now=False)
+    (record,) = [obj for key, obj in server.objects.items() if key[2] == "workloads"]
+    assert record["spec"]["active"] is False
+
+
+def test_a_queued_run_is_not_stopped_without_a_right_to_its_workload(
+    server: FakeApi, backend: KubernetesBackend
+) -> None:
+    put_run(server, queue="team")
+    server.denied = {("list", "workloads")}
+    with pytest.raises(Forbidden, match="no right to list workloads"):
+        backend.cancel(RUN_ID, now=False)
+
+
 def test_what_has_ended_is_neither_cancelled_nor_resumed_when_done(server: FakeApi, backend: KubernetesBackend) -> None:
     put_run(server, status={"conditions": [condition("Complete")]})
     with pytest.raises(UserError, match="has ended: done"):
