@@ -54,11 +54,13 @@ class Retries(ray.train.UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
         told, gone, number = dict[int, Ended](), dict[int, str](), None
         for rank, error in worker_exceptions.items():
-            cause = getattr(error, "_base_exc", error)
+            cause = getattr(error, "_base_exc", None)  # what was raised in the worker; without it the worker is gone
             if isinstance(cause, RankEnded):
                 told[rank], number = cause.ended, cause.attempt or number
+            elif cause is not None:
+                told[rank] = Ended(1, rank, f"its worker failed: {_said(cause)}", str(error), by_itself=True)
             else:
-                gone[rank] = _said(cause)
+                gone[rank] = _said(error)
         if not any(_is_preempted(error) for error in worker_exceptions.values()):
             self._judge.judge(number, told, gone)
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray.train
@@ -33,11 +34,12 @@ from orchestrator.cluster.ray.meeting import require_one_folder, require_same_co
 from orchestrator.cluster.route import interface_of
 from orchestrator.config import process_range
 from orchestrator.errors import EXIT_DONE, EXIT_STOPPED, OrchestratorError
-from orchestrator.files import read_json
+from orchestrator.files import read_json, write_json
 from orchestrator.train.orders import Orders, orders_file
 from orchestrator.train.virtual import largest_world
 from orchestrator.train.virtual_choice import slices_of
 
+SCHEMA = 1
 POLL_S = 0.05
 LOOK_S = 0.5
 """Between two looks at notices of preemption, hangs and questions."""
@@ -249,14 +251,12 @@ def cause_of(rank: int, code: int, own: list[dict[str, Any]], out_of_memory: boo
 
 
 def _report(folder: Path, rank: int) -> None:
-    """Tell Ray of the last checkpoint by its path: the run's folder is its place, and Ray copies nothing."""
+    """Tell Ray where the last checkpoint is: what it copies is a pointer, the run's folder keeps the bytes."""
     result = read_json(folder / "result.json") if rank == 0 else {}
-    last = result.get("last")
-    ray.train.report(
-        {"step": result.get("step", 0), "exit_code": EXIT_DONE},
-        checkpoint=ray.train.Checkpoint(last) if last else None,
-        checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
-    )
+    with TemporaryDirectory() as pointing:
+        write_json(Path(pointing) / "pointer.json", {"schema": SCHEMA, "path": result.get("last")})
+        checkpoint = ray.train.Checkpoint.from_directory(pointing) if rank == 0 else None
+        ray.train.report({"step": result.get("step", 0), "exit_code": EXIT_DONE}, checkpoint=checkpoint)
 
 
 assert sys.platform == "linux", "a rank follows its worker by what only Linux has"
