@@ -21,12 +21,15 @@ from orchestrator.bundle import freeze, load_bundle, write_bundle
 from orchestrator.cluster import lifeline
 from orchestrator.cluster.cause import Ended
 from orchestrator.cluster.environment import leave_last_words, read_node
+from orchestrator.cluster.group import Place, Start, rank_env
 from orchestrator.cluster.lines import Said, read_lines
 from orchestrator.cluster.meeting import Hello, Patience, gather, reach, refuse
+from orchestrator.cluster.node import processes_here
 from orchestrator.cluster.peers import Report, exit_code_of, judge
 from orchestrator.cluster.stops import StopSignals
 from orchestrator.compose import compose
-from orchestrator.errors import TransientError, UserError
+from orchestrator.config import ComputeConfig
+from orchestrator.errors import ConfigError, TransientError, UserError
 from orchestrator.files import write_json
 
 pytestmark = pytest.mark.timeout(120)
@@ -143,6 +146,8 @@ class TestDeaths:
             ("SIGKILL", 1, [75, 137], "killed by SIGKILL"),
             ("SIGKILL", 0, [137, 75], "killed by SIGKILL"),
             slow("raise", 0, [1, 75], "ArithmeticError: a made-up fault"),
+            # what a broken connection looks like, too: its rank takes its time to end, as its victims do
+            ("broken peer", 1, [75, 1], "RuntimeError: Connection closed by peer"),
             ("user", 1, [75, 42], "made.up = 1: cannot be. Way out: 2"),
             slow("node", 1, [75, 44], "/made/up: disk full"),
             slow("network", 0, [75, 75], "the store is away"),
@@ -175,6 +180,13 @@ class TestDeaths:
         assert {(line["rank"], line["world_size"]) for line in site.told("began")} == {(0, 2), (1, 2)}
         assert [launcher.last_words()["attempt"] for launcher in second] == [2, 2]
         assert [launcher.last_words()["step"] for launcher in second] == [10, 10]
+
+    def test_of_several_ranks_a_node_the_first_one_to_die_is_named(self, site: Site) -> None:
+        site = with_config(site, "compute.num_processes=4")
+        site.script(blows=[blow("SIGKILL", rank=2)])
+        assert site.codes(site.start()) == [75, 137]
+        assert {(line["rank"], line["world_size"]) for line in site.told("began")} == {(rank, 4) for rank in range(4)}
+        assert site.events("fault")[0]["rank"] == 2
 
     @pytest.mark.parametrize("node", [0, 1])
     def test_a_launcher_that_is_killed_takes_the_other_node_with_it(self, site: Site, node: int) -> None:
@@ -230,12 +242,13 @@ class TestStops:
         site.script(steps=max(stopped) + 3)
         assert site.codes(site.start()) == [0, 0]
 
-    def test_a_rank_that_does_not_save_in_time_is_killed_on_its_node(self, site: Site) -> None:
+    @pytest.mark.parametrize("node", [0, 1])
+    def test_a_rank_that_does_not_save_in_time_is_killed_on_its_node(self, site: Site, node: int) -> None:
         site = with_config(site, "cluster.grace_s=1")
         site.script(blows=[blow("sleep")])
         launchers = site.start()
         wait_for(lambda: site.told("struck"), "the fifth step", 60)
-        launchers[0].send(signal.SIGTERM)
+        launchers[node].send(signal.SIGTERM)
         assert site.codes(launchers) == [143, 143]
         assert "cluster.grace_s = 1: ranks 1 had not saved" in launchers[1].out
 
@@ -288,16 +301,37 @@ def test_each_node_has_its_exit_code(ended: Ended, codes: list[int]) -> None:
 
 
 class TestMeeting:
-    def test_a_node_that_comes_late_or_twice_is_waited_for(self, site: Site) -> None:
+    def test_a_node_that_comes_late_is_waited_for(self, site: Site) -> None:
         site.script()
         port = str(free_pair())
-        (early,) = site.start(only=1, MASTER_PORT=port)
-        time.sleep(1.0)
-        early.send(signal.SIGKILL)
+        (other,) = site.start(only=1, MASTER_PORT=port)
+        time.sleep(1.5)
         (first,) = site.start(only=0, MASTER_PORT=port)
-        time.sleep(1.0)
-        (late,) = site.start(only=1, MASTER_PORT=port)
-        assert site.codes([first, late]) == [0, 0]
+        assert site.codes([first, other]) == [0, 0]
+
+    def test_a_node_that_dies_before_all_are_there_may_come_again(self) -> None:
+        port, own, found = free_pair(), Hello("run", "code", 3, "cpu", 0), dict[int, int]()
+        line = lifeline.listen(port)
+        thread = threading.Thread(target=lambda: found.update(gather(line, own, Patience(StopSignals(), 30))))
+        thread.start()
+
+        def come(node: int) -> lifeline.Lifeline:
+            other = lifeline.connect("127.0.0.1", port)
+            other.send(0, "hello", **asdict(replace(own, node=node)))
+            return other
+
+        others = [come(1)]
+        time.sleep(0.5)
+        others[0].close()
+        time.sleep(0.5)
+        others.append(come(2))
+        time.sleep(0.5)
+        assert thread.is_alive()
+        others.append(come(1))
+        thread.join(10)
+        assert found == {1: 2, 2: 1}
+        for end in (*others, line):
+            end.close()
 
     def test_nodes_that_never_come_end_the_wait_with_75(self, site: Site) -> None:
         site = with_config(site, "cluster.hang_start_s=2")
@@ -373,6 +407,34 @@ class TestMeeting:
         assert "compute.num_nodes = 2: but NUM_NODES says 3" in launcher.last_words()["error"]
 
 
+def test_a_rank_knows_its_place_among_all_and_on_its_node() -> None:
+    start = Start(
+        print, (), Place(3, 29500, node=1, num_nodes=2, address="10.0.0.1"), 0, {"GLOO_SOCKET_IFNAME": "eth0"}
+    )
+    assert list(start.place.ranks) == [3, 4, 5]
+    assert rank_env(start, 4) == {
+        "RANK": "4", "LOCAL_RANK": "1", "GROUP_RANK": "1", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3",
+        "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": "eth0",
+        "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("processes", "nodes", "here"), [("4", 2, 2), ("2", 1, 2), ("1:4", 2, 2), ("auto", 3, 1)])
+def test_the_processes_are_spread_evenly_over_the_nodes(processes: str, nodes: int, here: int) -> None:
+    assert processes_here(compute(f"compute.num_processes={processes}"), nodes) == here
+
+
+def test_processes_that_cannot_be_spread_evenly_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"compute.num_processes = 3: cannot be spread evenly over compute.num_nodes = 2"
+    ):
+        processes_here(compute("compute.num_processes=3"), 2)
+
+
+def compute(*overrides: str) -> ComputeConfig:
+    return compose(["data=synthetic", "compute.device=cpu", *overrides]).config.compute
+
+
 class TestEnvironment:
     GOOD: ClassVar = {"NODE_RANK": "1", "NUM_NODES": "2", "MASTER_ADDR": "run-0.run", "MASTER_PORT": "29500"}
 
@@ -421,7 +483,7 @@ class TestRequests:
             ]
             assert {line.rank for line in answer[:-1]} == {launcher.rank}
             assert any("stand_in.py" in line.text for line in answer)
-        assert "stopped by a signal (SIGSTOP)" in launchers[1].out
+        assert launchers[1].out.count("stopped by a signal (SIGSTOP)") == 2  # and stopped again after the first answer
         assert all(map(alive, [line["pid"] for line in site.told("began")]))
         os.kill(site.told("struck")[0]["pid"], signal.SIGCONT)
         launchers[1].send(signal.SIGTERM)
