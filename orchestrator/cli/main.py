@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator import __version__
-from orchestrator.cli import checkpoints, doctor, lifecycle, runs, shards, status
+from orchestrator.cli import checkpoints, doctor, lifecycle, plan, runs, shards, status
 from orchestrator.cli.console import note
 from orchestrator.errors import EXIT_INTERRUPTED, EXIT_USER, OrchestratorError, nearest
 
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for family in (runs, status, lifecycle, checkpoints, shards, doctor):
+    for family in (runs, plan, status, lifecycle, checkpoints, shards, doctor):
         family.add_to(subparsers)
     return parser
 

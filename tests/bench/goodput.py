@@ -1,7 +1,7 @@
 """Goodput under kills: a simulation over measured costs, beside what theory expects, and cells of it for real.
 
 `python -m tests.bench goodput` measures the costs in one undisturbed run and simulates the grid. A cell for real:
-`python -m tests.bench.goodput MTBF_S SAVE_EVERY [SEED]` kills ranks of a real run at random and prints both.
+`python -m tests.bench.goodput MTBF_S SAVE_EVERY [SEED [EPOCHS]]` kills ranks of a real run at random and prints both.
 """
 
 from __future__ import annotations
@@ -158,4 +158,4 @@ def _train(folder: Path, *more: str) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(real_cell(float(sys.argv[1]), int(sys.argv[2]), *map(int, sys.argv[3:4])), indent=2))
+    print(json.dumps(real_cell(float(sys.argv[1]), int(sys.argv[2]), *map(int, sys.argv[3:5])), indent=2))
