@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from orchestrator.cluster.kubernetes.api import Api, Object
+from orchestrator.cluster.kubernetes.failures import Conflict
 from orchestrator.cluster.kubernetes.pods import is_active
 from orchestrator.cluster.kubernetes.resources import (
     CONFIG_MAP,
@@ -43,6 +44,7 @@ OF_A_JOB = ("controller-uid", "batch.kubernetes.io/controller-uid", "job-name", 
 
 def suspend(api: Api, found: Found, now: bool) -> None:
     """Let the ranks save and go, or kill them; returns when no pod is left."""
+    pods = _active(api, found)
     mark = {"metadata": {"annotations": {STOPPED: datetime.now(UTC).isoformat(timespec="seconds")}}}
     workload = _workload_to_stop(api, found)
     if workload is not None:  # the queue would start what is only suspended
@@ -51,9 +53,9 @@ def suspend(api: Api, found: Found, now: bool) -> None:
     else:
         api.patch(found.resource, found.name, {**mark, "spec": {"suspend": True}})
     if now:
-        for pod in _active(api, found):
+        for pod in pods:
             api.delete(POD, pod["metadata"]["name"], grace_s=0)
-    wait_for_pods(api, found)
+    wait_for_pods(api, found, pods)
 
 
 def _workload_to_stop(api: Api, found: Found) -> Object | None:
@@ -80,12 +82,24 @@ def start_again(api: Api, found: Found) -> None:
 
 
 def erase(api: Api, found: Found) -> None:
-    """Remove a run with all that it owns; returns when its name is free and no pod is left."""
-    api.delete(found.resource, found.name, uid=found.uid)
+    """Remove a run with all that it owns; returns when its name is free and none of its pods is left.
+
+    Where another one has taken the name meanwhile, that one stays.
+    """
+    pods = _active(api, found)
+    try:
+        api.delete(found.resource, found.name, uid=found.uid)
+    except Conflict:
+        return
     if found.run["kind"] == "TrainJob":  # must be there before its run, so that it cannot be owned by it
         api.delete(TRAINING_RUNTIME, found.name)
-    _until(lambda: api.find(found.resource, found.name) is None, MARGIN_S, f"{found.run['kind']} {found.name}")
-    wait_for_pods(api, found)
+    _until(lambda: not _is_there(api, found), MARGIN_S, f"{found.run['kind']} {found.name}")
+    wait_for_pods(api, found, pods)
+
+
+def _is_there(api: Api, found: Found) -> bool:
+    now = api.find(found.resource, found.name)
+    return now is not None and now["metadata"]["uid"] == found.uid
 
 
 def collect_code(api: Api, found: Found) -> None:
@@ -99,14 +113,15 @@ def archive_of(run: Object) -> str | None:
     return (run["metadata"].get("annotations") or {}).get(ARCHIVE)
 
 
-def wait_for_pods(api: Api, found: Found) -> None:
-    """Until no process of the run is left. Raises TransientError long after they should have gone."""
-    pods = _active(api, found)
+def wait_for_pods(api: Api, found: Found, pods: Sequence[Object]) -> None:
+    """Until none of these pods runs. Raises TransientError long after they should have gone."""
     if not pods:
         return
+    uids = {pod["metadata"]["uid"] for pod in pods}
     grace_s = max(pod["spec"].get("terminationGracePeriodSeconds") or 30 for pod in pods)
     logger.info("%s: %d pods are saving, for at most %d s", found.name, len(pods), grace_s)
-    _until(lambda: not _active(api, found), grace_s + MARGIN_S, f"pods of {found.name}")
+    limit_s, what = grace_s + MARGIN_S, f"pods of {found.name}"
+    _until(lambda: not uids & {pod["metadata"]["uid"] for pod in _active(api, found)}, limit_s, what)
     logger.info("%s: its pods are gone", found.name)
 
 

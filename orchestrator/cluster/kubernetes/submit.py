@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
 from orchestrator.cluster.job import JobSpec
 from orchestrator.cluster.kubernetes.api import Api, Object, Request
@@ -20,6 +21,7 @@ from orchestrator.cluster.kubernetes.resources import (
     JOBSET,
     KINDS,
     RUN,
+    STOPPED,
     SUBMISSION,
     TRAINING_RUNTIME,
     Resource,
@@ -32,6 +34,8 @@ from orchestrator.options import JobKind
 
 BUNDLE = ("config", "code")
 """Annotations by which two bundles are one; what else stands in them says where they were frozen."""
+SENDING_S = 60.0
+"""After which a run that was never let go is that of a submitter that was killed."""
 TRIES = 20
 PAUSE_S = 0.25
 """Between two looks at an object that is being removed."""
@@ -108,7 +112,7 @@ def _meet(api: Api, objects: Sequence[Object], earlier: Found) -> str:
     """
     seen = observe(api, earlier)
     state = state_of(seen)
-    if state.living:
+    if state.living or _is_being_sent(earlier.run, datetime.now(UTC)):
         _require_same(objects[-1], earlier)
     if state.living or state.state == "done":
         return "there"
@@ -117,6 +121,13 @@ def _meet(api: Api, objects: Sequence[Object], earlier: Found) -> str:
         start_again(api, earlier)
         return "resumed"
     return "restarted"
+
+
+def _is_being_sent(run: Object, now: datetime) -> bool:
+    """Whether another submitter may be about to start it. Pure."""
+    stopped = STOPPED in (run["metadata"].get("annotations") or {})
+    age_s = (now - datetime.fromisoformat(run["metadata"]["creationTimestamp"])).total_seconds()
+    return bool(run["spec"].get("suspend")) and not stopped and age_s < SENDING_S
 
 
 def _differences(run: Object, earlier: Found) -> list[str]:

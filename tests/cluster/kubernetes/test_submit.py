@@ -225,6 +225,28 @@ def test_a_submitter_that_was_killed_half_way_is_completed_by_the_next(
     assert f"run-{RUN}" in left(server)
 
 
+def test_a_run_that_is_being_sent_with_another_bundle_is_left_alone(server: FakeApi, api: Api, spec: JobSpec) -> None:
+    *_, job = render(spec, JobKind.job, b"")
+    job = {**job, "spec": {**job["spec"], "suspend": True}}
+    server.put(BATCH, "jobs", job)
+    other = replace(spec, code_digest="d" * 64)
+    with pytest.raises(ConfigError, match="is under way with another code"):
+        send(api, other)
+    old = {**job["metadata"], "creationTimestamp": "2020-01-01T00:00:00Z"}
+    server.put(BATCH, "jobs", {**job, "metadata": old})
+    assert send(api, other).outcome == "restarted"
+
+
+def test_of_two_who_start_a_failed_run_again_one_wins(server: FakeApi, api: Api, spec: JobSpec) -> None:
+    send(api, spec)
+    server.change(BATCH, "jobs", RUN, status={"conditions": [condition("Failed", "BackoffLimitExceeded")]})
+    seen = get_run(api, RUN)
+    assert send(api, spec).outcome == "restarted"
+    server.put(CORE, "pods", pod(0, name=RUN))
+    erase(api, seen)
+    assert get_run(api, RUN).uid != seen.uid
+
+
 def test_an_object_of_somebody_else_is_left_alone(server: FakeApi, api: Api, spec: JobSpec) -> None:
     server.put(BATCH, "jobs", {"metadata": {"name": RUN}, "spec": {}})
     with pytest.raises(UserError, match=rf"Job {RUN} in namespace default is not orchestrator's"):
