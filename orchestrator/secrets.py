@@ -6,8 +6,9 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from orchestrator.errors import ConfigError
 from orchestrator.redact import find_secrets, remember
@@ -65,6 +66,12 @@ def read_pairs(purpose: str, reference: str) -> dict[str, str]:
     return pairs
 
 
+def require_secret(purpose: str, reference: str) -> None:
+    """Refuse a file that could not be read later, without reading it."""
+    with _opened(purpose, reference, path_of(purpose, reference)):
+        pass
+
+
 def use_for_stores(reference: str | None) -> None:
     """Object stores are opened with these keys by this process and those that it forks from now on."""
     _FOR_STORES[:] = [reference] if reference else []
@@ -97,17 +104,25 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _read(purpose: str, reference: str, path: Path) -> str:
+    with _opened(purpose, reference, path) as file:
+        content = file.read(LARGEST)
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        rule = f"names {path}, which is no text"
+        raise ConfigError(KEYS[purpose], reference, rule, "write the secret into it") from None
+
+
+@contextmanager
+def _opened(purpose: str, reference: str, path: Path) -> Iterator[IO[bytes]]:
     key = KEYS[purpose]
     try:
         with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-            _require_private(key, reference, path, status)
-            return file.read(LARGEST).decode()
+            _require_private(key, reference, path, os.fstat(file.fileno()))
+            yield file
     except OSError as error:
         rule = f"names {path}, which cannot be read ({error.strerror})"
         raise ConfigError(key, reference, rule, _way_out(reference, path)) from None
-    except UnicodeDecodeError:
-        raise ConfigError(key, reference, f"names {path}, which is no text", "write the secret into it") from None
 
 
 def _require_private(key: str, reference: str, path: Path, status: os.stat_result) -> None:

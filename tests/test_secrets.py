@@ -116,3 +116,11 @@ def test_references_and_addresses_are_no_secrets() -> None:
     config = {"tracking": {"secret": "wandb-prod1/api-key"}, "cluster": {"store_secret": "/run/secret/keys-1234567"},
               "data": {"train": "https://host:8080/a-{000..146}.tar"}, "seed": 1, "init_from": None}  # fmt: skip
     secrets.require_no_secrets(config)
+
+
+def test_a_file_is_checked_without_being_read(tmp_path: Path) -> None:
+    file = write(tmp_path / "key", "value-of-the-key", 0o600)
+    secrets.require_secret("tracking", file)
+    assert redact("value-of-the-key") == "value-of-the-key"
+    with pytest.raises(ConfigError, match="which cannot be read"):
+        secrets.require_secret("tracking", f"{file}-absent")

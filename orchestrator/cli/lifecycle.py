@@ -72,19 +72,23 @@ def add_to(subparsers: Any) -> None:
 def show_logs(args: argparse.Namespace) -> int:
     backend, run_id = open_run(args)
     try:
-        print_lines(backend.logs(run_id, args.follow, args.rank), args.json)
+        if not print_lines(backend.logs(run_id, args.follow, args.rank), args.json):
+            who = "no rank" if args.rank is None else f"no rank {args.rank}"
+            note(f"run {run_id}: {who} has printed anything; orchestrator status tells where it stands")
     except KeyboardInterrupt:
         note(f"no longer followed; run {run_id} goes on")
         return EXIT_INTERRUPTED
     return EXIT_DONE
 
 
-def print_lines(lines: Iterable[LogLine], as_json: bool) -> None:
-    """Each at once, so that somebody who follows misses nothing."""
-    colored = sys.stdout.isatty()
+def print_lines(lines: Iterable[LogLine], as_json: bool) -> int:
+    """Each at once, so that somebody who follows misses nothing; returns how many there were."""
+    colored, printed = sys.stdout.isatty(), 0
     for line in lines:
         text = json.dumps(asdict(line), ensure_ascii=False) if as_json else f"{prefix(line, colored)} {line.text}"
         print(text, flush=True)
+        printed += 1
+    return printed
 
 
 def prefix(line: LogLine, colored: bool) -> str:

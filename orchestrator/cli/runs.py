@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.cli.console import note, print_json
 from orchestrator.config import MAY_CHANGE
 from orchestrator.errors import EXIT_DONE, ConfigError, UserError
-from orchestrator.options import Where
+from orchestrator.options import TrackingMode, Where
 
 if TYPE_CHECKING:
     from orchestrator.bundle import Bundle, Initial
@@ -88,6 +88,7 @@ def _train_here(bundle: Bundle, args: argparse.Namespace, began: float) -> int:
     if args.manifest:
         rule = "writes objects of Kubernetes, and this run stays here"
         raise ConfigError("--manifest", args.manifest, rule, "cluster=kubernetes")
+    _require_fits_here(bundle.config)
     if args.dry_run:
         return _dry_run(bundle, args.json)
     if args.canary:
@@ -96,6 +97,17 @@ def _train_here(bundle: Bundle, args: argparse.Namespace, began: float) -> int:
         return run_canary(bundle, args.json)
     local.warm_up()
     return _launch(bundle, args.json, began)
+
+
+def _require_fits_here(config: RunConfig) -> None:
+    from orchestrator.secrets import require_secret
+
+    if config.compute.num_nodes > 1:
+        way_out = "compute.num_nodes=1, or cluster=kubernetes or ray"
+        raise ConfigError("compute.num_nodes", config.compute.num_nodes, "needs more machines than this one", way_out)
+    # the first rank reads it later, and without it the run would go on offline
+    if config.tracking.mode is TrackingMode.online and config.tracking.secret is not None:
+        require_secret("tracking", config.tracking.secret)
 
 
 def go_on(folder: Path, as_json: bool) -> int:

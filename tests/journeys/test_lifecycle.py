@@ -90,6 +90,7 @@ def test_a_cancelled_run_resumes_from_its_own_config_and_ends_like_the_undisturb
     assert cli("cancel", folder.name).code == 0
     saboteur.disarm()
     assert finish(process).code == 143
+    assert "no rank 7 has printed anything" in cli("logs", folder.name, "--rank", 7).err
     logs = cli("logs", folder.name, "--rank", 1, "--json")
     lines = [json.loads(line) for line in logs.out.splitlines()]
     assert {(line["attempt"], line["rank"]) for line in lines} == {(1, 1)}

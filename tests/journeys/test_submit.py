@@ -256,6 +256,17 @@ def test_what_cannot_be_sent_is_refused_by_key_and_nothing_is_half_submitted(
     assert (kept(server), ray.jobs) == ({}, {})
 
 
+def test_two_nodes_are_not_here(typed: Typed, small: tuple[str, ...]) -> None:
+    assert typed("train", *small, "compute.num_nodes=2") == 42
+    assert "compute.num_nodes = 2: needs more machines than this one" in typed.err
+
+
+def test_a_key_that_could_not_be_read_is_refused_before_anything_starts(typed: Typed, small: tuple[str, ...]) -> None:
+    online = [*(text for text in small if text != "tracking=disabled"), "tracking=online", "tracking.secret=/no/key"]
+    assert typed("train", *online) == 42
+    assert "tracking.secret = /no/key: names /no/key, which cannot be read" in typed.err
+
+
 def test_a_manifest_is_nothing_for_a_run_that_stays_here(typed: Typed, small: tuple[str, ...]) -> None:
     assert typed("train", *small, "--manifest", "x") == 42
     assert "Way out: cluster=kubernetes" in typed.err
