@@ -25,8 +25,8 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.files import read_json
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(600)]
-END_S = 120.0
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
+END_S = 240.0
 LONG = ("recipe.epochs=60", "recipe.ema_decay=0", "checkpointing.every_steps=5")
 
 
