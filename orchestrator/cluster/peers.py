@@ -218,14 +218,13 @@ class Follower:
         self._tell(running, own, now)
         if self._verdict is not None:
             return self._verdict
+        if self._gone is not None:
+            if own is not None and not any(own.codes.values()) and is_finished(running.folder):
+                return Ended(0)
+            first = Report({}, lost=self._gone)
+            return judge({0: first} if own is None else {0: first, 1: own})
         late = self._reported_at is not None and now - self._reported_at > VERDICT_S
-        if own is not None and own.failed and (late or self._gone):
-            return judge({0: own})
-        if self._gone is None:
-            return None
-        if own is not None and not any(own.codes.values()) and is_finished(running.folder):
-            return Ended(0)
-        return Ended(EXIT_TRANSIENT, None, f"node 0 is gone: {self._gone}")
+        return judge({1: own}) if own is not None and own.failed and late else None
 
     def _tell(self, running: Running, own: Report | None, now: float) -> None:
         if own is not None and self._reported_at is None:

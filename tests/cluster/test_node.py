@@ -242,7 +242,7 @@ class TestStops:
         site.script(steps=max(stopped) + 3)
         assert site.codes(site.start()) == [0, 0]
 
-    @pytest.mark.parametrize("node", [0, 1])
+    @pytest.mark.parametrize("node", [slow(0), 1])
     def test_a_rank_that_does_not_save_in_time_is_killed_on_its_node(self, site: Site, node: int) -> None:
         site = with_config(site, "cluster.grace_s=1")
         site.script(blows=[blow("sleep")])
