@@ -19,15 +19,18 @@ def ask_file(folder: Path) -> Path:
 
 
 class StacksAsked:
-    """The worker's side: answers each question once."""
+    """The worker's side: answers each question once.
 
-    def __init__(self, folder: Path):
-        self._path = ask_file(folder)
+    `stacks`: the rank's file, there once it listens; to a rank that does not the signal would be fatal.
+    """
+
+    def __init__(self, folder: Path, stacks: Path):
+        self._path, self._stacks = ask_file(folder), stacks
         self._answered = self._question()
 
     def answer(self, pid: int) -> None:
         question = self._question()
-        if question == self._answered:
+        if question == self._answered or not self._stacks.exists():
             return
         self._answered = question
         with suppress(ProcessLookupError):

@@ -11,6 +11,7 @@ import secrets
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,17 +53,23 @@ class Retries(ray.train.UserCallback):
         self._judge = judge
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-        told, gone, number = dict[int, Ended](), dict[int, str](), None
-        for rank, error in worker_exceptions.items():
-            cause = getattr(error, "_base_exc", None)  # what was raised in the worker; without it the worker is gone
-            if isinstance(cause, RankEnded):
-                told[rank], number = cause.ended, cause.attempt or number
-            elif cause is not None:
-                told[rank] = Ended(1, rank, f"its worker failed: {_said(cause)}", str(error), by_itself=True)
-            else:
-                gone[rank] = _said(error)
         if not any(_is_preempted(error) for error in worker_exceptions.values()):
-            self._judge.judge(number, told, gone)
+            self._judge.judge(*ends_of(worker_exceptions))
+
+
+def ends_of(errors: Mapping[int, Exception]) -> tuple[int | None, dict[int, Ended], dict[int, str]]:
+    """The attempt, how ranks ended, and of whose worker there is only what Ray says."""
+    told, gone, number = dict[int, Ended](), dict[int, str](), None
+    for rank, error in errors.items():
+        if isinstance(error, RankEnded):
+            told[rank], number = error.ended, error.attempt or number
+        elif hasattr(error, "health_check_failure") or isinstance(error, ray.exceptions.RayError):
+            gone[rank] = _said(error)
+        else:
+            trace = "".join(traceback.format_exception(error))
+            what = f"its worker failed: {type(error).__name__}: {_said(error)}"
+            told[rank] = Ended(1, rank, what, trace, by_itself=True)
+    return number, told, gone
 
 
 def _said(error: Exception) -> str:

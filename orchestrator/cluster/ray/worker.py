@@ -36,6 +36,7 @@ from orchestrator.config import process_range
 from orchestrator.errors import EXIT_DONE, EXIT_STOPPED, OrchestratorError
 from orchestrator.files import read_json, write_json
 from orchestrator.train.orders import Orders, orders_file
+from orchestrator.train.stacks import stacks_file
 from orchestrator.train.virtual import largest_world
 from orchestrator.train.virtual_choice import slices_of
 
@@ -167,8 +168,9 @@ def _started(bundle: Bundle, place: Place, orders: Mapping[str, Any]) -> Iterato
     command = [*orders["command"], run, str(place.attempt), str(place.began), str(os.getpid())]
     child = subprocess.Popen(command, env=rank_env(bundle, place, os.environ), stdin=subprocess.DEVNULL)
     watch = Watch(bundle, place.attempt, place.world_size)
+    asked = StacksAsked(bundle.folder, stacks_file(bundle.folder, place.attempt, place.rank))
     try:
-        yield Process(bundle, place, child, watch, StacksAsked(bundle.folder), starved)
+        yield Process(bundle, place, child, watch, asked, starved)
     finally:
         child.kill()
         child.wait()

@@ -181,7 +181,7 @@ def test_a_question_is_answered_once_by_the_living_ranks(bundle: Bundle, capsys:
     child = subprocess.Popen([sys.executable, "-c", RANK, str(path)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
-    asked, done = ask.StacksAsked(bundle.folder), threading.Event()
+    asked, done = ask.StacksAsked(bundle.folder, path), threading.Event()
 
     def serve() -> None:
         while not done.wait(0.05):
@@ -199,6 +199,32 @@ def test_a_question_is_answered_once_by_the_living_ranks(bundle: Bundle, capsys:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("[a1 r0 stack-1 #1] ")
     assert lines[-1] == "[a1 n0 stack-1 end] 0"
+
+
+def test_a_rank_that_does_not_listen_yet_is_not_killed_by_a_question(bundle: Bundle) -> None:
+    bundle.folder.mkdir(parents=True)
+    asked = ask.StacksAsked(bundle.folder, stacks_file(bundle.folder, 1, 0))
+    ask.ask_file(bundle.folder).write_text("1")
+    child = subprocess.Popen(["sleep", "60"])
+    asked.answer(child.pid)
+    time.sleep(0.05)
+    assert child.poll() is None
+    child.kill()
+    child.wait()
+
+
+def test_what_ray_hands_over_is_told_apart(worker: Any) -> None:
+    from ray.exceptions import ActorDiedError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    from orchestrator.cluster.ray.driver import ends_of
+
+    ended = Ended(42, 0, "no", by_itself=True)
+    lost = WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError())
+    number, told, gone = ends_of({0: worker.RankEnded(3, ended), 1: lost, 2: KeyError("step")})
+    assert (number, told[0], list(gone)) == (3, ended, [1])
+    assert gone[1].startswith("The actor died unexpectedly")
+    assert (told[2].exit_code, told[2].error, told[2].by_itself) == (1, "its worker failed: KeyError: 'step'", True)
 
 
 def test_an_errand_leaves_the_order_to_end_without_a_save(bundle: Bundle) -> None:
