@@ -78,7 +78,7 @@ def test_parts_of_two_ranks_lines_may_alternate() -> None:
     ("line", "expected"),
     [
         ("[a2 r0 #41] text", Said(2, 0, None, "log", 41, "text")),
-        ("[a2 r0 #41+] te", Said(2, 0, None, "log", 41, "te", more=True)),
+        ("[a2 r0 #41+] first", Said(2, 0, None, "log", 41, "first", more=True)),
         ("[a2 r0 #41]", Said(2, 0, None, "log", 41, "")),  # a tool took the space at the end
         ("[a0 n1 #3] waits", Said(0, None, 1, "log", 3, "waits")),
         ("[a2 r0 stack-7 #1] f.py:1 in f", Said(2, 0, None, "stack", 1, "f.py:1 in f", ask="stack-7")),
