@@ -40,7 +40,12 @@ class Window(NamedTuple):
 
 def parse_jpeg(data: bytes) -> JpegHeader | None:
     """The header of a plain JPEG (8 bits, gray or three components, upright) that has its end; None for any other."""
-    return parse_start(data) if b"\xff\xd9" in data[-66:] else None
+    return parse_start(data) if has_end(data) else None
+
+
+def has_end(data: bytes) -> bool:
+    """Whether a file goes on to its end marker, behind which some programs leave a few bytes."""
+    return b"\xff\xd9" in data[-66:]
 
 
 def parse_start(data: bytes) -> JpegHeader | None:

@@ -37,9 +37,9 @@ JOB = np.dtype(
 """One image of a batch, as `Job` in kernel.c: where its bytes are, which box it shows, what came of it."""
 
 
-def read_job(job: np.void, most: int | None = None) -> bytes:
-    """The encoded bytes of a job, at `most` so many; fewer than its size where the file ends before."""
-    size = int(job["size"]) if most is None else min(most, int(job["size"]))
+def read_job(job: np.void) -> bytes:
+    """The encoded bytes of a job; fewer than its size where the file ends before."""
+    size = int(job["size"])
     if job["fd"] < 0:
         return ctypes.string_at(int(job["offset"]), size)
     return os.pread(int(job["fd"]), size, int(job["offset"]))

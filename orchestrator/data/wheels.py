@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
-from orchestrator.data.jpeg import JpegHeader, cut_window, end_early, parse_jpeg, parse_start
+from orchestrator.data.jpeg import JpegHeader, cut_window, end_early, has_end, parse_start
 from orchestrator.data.kernel import DONE, OTHER, SHORT_READ, read_job
 from orchestrator.data.transforms import Views, show
 from orchestrator.options import Interpolation
 
-HEADER_READ = 4096
 MARGIN = 4
 """Pixels around a region that the upsampling filter of the chroma planes reaches."""
 
@@ -20,18 +21,39 @@ class WheelDecoder:
 
     name = "simplejpeg and torch"
 
+    def __init__(self):
+        self._files: dict[tuple[int, int], tuple[bytes, JpegHeader]] = {}
+        """By place, what `sizes` read and `decode` needs next."""
+
     def sizes(self, jobs: np.ndarray, max_pixels: int) -> None:
         """Fill in width and height of each job; 0 where the image must be decoded otherwise."""
+        self._files.clear()
         for job in jobs:
-            header = parse_start(read_job(job, HEADER_READ)) or parse_start(read_job(job))
-            fits = header is not None and header.width * header.height <= max_pixels
-            job["width"], job["height"] = (header.width, header.height) if header and fits else (0, 0)
+            data = read_job(job)
+            header = parse_start(data)
+            if header is None or header.width * header.height > max_pixels:
+                job["width"] = job["height"] = 0
+            else:
+                job["width"], job["height"] = header.width, header.height
+                self._files[_place(job)] = data, header
 
     def decode(self, jobs: np.ndarray, out: np.ndarray, cubic: bool) -> None:
         """Write each job with a width into its row of `out`, (n, 3, S, S) uint8, and set its status."""
+        interpolation = Interpolation.bicubic if cubic else Interpolation.bilinear
         for job in jobs:
             if job["width"]:
-                job["status"] = _decode(job, out, Interpolation.bicubic if cubic else Interpolation.bilinear)
+                data, header = self._files.get(_place(job)) or _read(job)
+                job["status"] = _decode(data, header, job, out, interpolation)
+        self._files.clear()
+
+
+def _place(job: np.void) -> tuple[int, int]:
+    return int(job["fd"]), int(job["offset"])
+
+
+def _read(job: np.void) -> tuple[bytes, JpegHeader | None]:
+    data = read_job(job)
+    return data, parse_start(data)
 
 
 def load_wheels() -> WheelDecoder | None:
@@ -42,12 +64,10 @@ def load_wheels() -> WheelDecoder | None:
     return WheelDecoder()
 
 
-def _decode(job: np.void, out: np.ndarray, interpolation: Interpolation) -> int:
-    data = read_job(job)
-    header = parse_jpeg(data)
+def _decode(data: bytes, header: JpegHeader | None, job: np.void, out: np.ndarray, interpolation: Interpolation) -> int:
     if len(data) != job["size"]:
         return SHORT_READ
-    if header is None:
+    if header is None or not has_end(data):
         return OTHER
     box, side = job["box"].tolist(), out.shape[2]
     reach = _reach(box, bool(job["clip"]), side, interpolation, header)
@@ -67,7 +87,7 @@ def _decode(job: np.void, out: np.ndarray, interpolation: Interpolation) -> int:
     return DONE
 
 
-def _decode_all(data: bytes, **scale: int) -> np.ndarray | None:
+def _decode_all(data: bytes, **scale: Any) -> np.ndarray | None:
     import simplejpeg
 
     try:  # not strict: bytes behind an early end are no fault
@@ -119,7 +139,7 @@ def _resize(
         out[row] = _show_between(image, np.array(box), job, side, interpolation)
         return
     left, top, right, bottom = map(int, box)
-    pixels = torch.from_numpy(image)[top:bottom, left:right].permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(image[top:bottom, left:right]).permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(pixels, (side, side), mode=interpolation.name, antialias=True)[0]
     torch.from_numpy(out[row]).copy_(resized.flip(-1) if job["flip"] else resized)
 
