@@ -107,3 +107,15 @@ def words_of(value: object) -> str:
     if value is None or isinstance(value, bool):
         return "–" if value is None else str(value).lower()
     return f"{value:g}" if isinstance(value, float | int) else str(getattr(value, "name", value))
+
+
+@pytest.mark.timeout(120)
+def test_the_commands_of_the_page_on_clusters_show_what_they_would_send(tmp_path: Path) -> None:
+    kinds = []
+    for line in lines_of(ROOT / "docs" / "clusters.md"):
+        program, *arguments = shlex.split(line)
+        done = subprocess.run([BIN / program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{line} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        shown = done.stdout + "".join(path.read_text() for path in tmp_path.glob("*.yaml"))
+        kinds.append({kind for kind in ("kind: Job\n", "kind: JobSet\n", "entrypoint") if kind in shown})
+    assert ["kind: Job\n" in kinds[0], "kind: JobSet\n" in kinds[1], "entrypoint" in kinds[2]] == [True] * 3
