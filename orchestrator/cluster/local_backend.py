@@ -16,8 +16,9 @@ from orchestrator.cluster.lock import holder, only_writer
 from orchestrator.cluster.rank_logs import attempts_of, read_logs
 from orchestrator.cluster.stacks import dump_stacks, is_stopped
 from orchestrator.errors import UserError, nearest
-from orchestrator.track.runs import load_run
+from orchestrator.track.runs import load_run, read_events
 from orchestrator.track.status import status_of
+from orchestrator.track.words import exit_meaning, first_line
 from orchestrator.train.heartbeat import heartbeat_file, read_sign
 from orchestrator.train.stacks import stacks_file
 
@@ -40,7 +41,8 @@ class LocalBackend:
 
     def logs(self, run_id: str, follow: bool, rank: int | None) -> Iterator[LogLine]:
         folder = self._folder(run_id)
-        return read_logs(folder, rank, lambda: follow and holder(folder) is not None)
+        lines = read_logs(folder, rank, lambda: follow and holder(folder) is not None)
+        return lines if rank is not None else _with_faults(lines, folder)
 
     def cancel(self, run_id: str, now: bool) -> None:
         """SIGTERM lets the ranks save; they die with a launcher that is killed."""
@@ -100,6 +102,34 @@ class LocalBackend:
 
 NO_ANSWER = "no stack: its interpreter did not answer"
 STOPPED = "stopped by a signal, so it does not answer; `kill -CONT {pid}` lets it go on"
+
+
+def _with_faults(lines: Iterator[LogLine], folder: Path) -> Iterator[LogLine]:
+    """After the lines of an attempt what the launcher found wrong with it, and at last how the run ended."""
+    behind = 0
+    for line in lines:
+        for attempt in range(behind, line.attempt):
+            yield from _said_of(folder, attempt)
+        behind = line.attempt
+        yield line
+    for attempt in range(behind, max(attempts_of(folder), default=-1) + 1):
+        yield from _said_of(folder, attempt)
+
+
+def _said_of(folder: Path, attempt: int) -> Iterator[LogLine]:
+    events = read_events(folder / "events" / "launcher.jsonl")
+    texts = [text for event in events if event["attempt"] == attempt and (text := _in_words(event))]
+    yield from (LogLine(attempt, None, number, text) for number, text in enumerate(texts, start=1))
+
+
+def _in_words(event: dict[str, Any]) -> str | None:
+    if event["kind"] == "end":
+        return f"the run ended with {event['exit_code']}: {exit_meaning(event['exit_code'])}"
+    if event["kind"] != "fault":
+        return None
+    where = f"rank {event['rank']}: " if event["rank"] is not None else ""
+    place = f", phase {event['phase']}, step {event['step']}" if event["phase"] else ""
+    return f"{where}{first_line(event['error'])}{place}"
 
 
 def run_folders(runs_dir: Path) -> list[Path]:

@@ -71,7 +71,8 @@ def test_a_run_is_followed_looked_into_cancelled_and_gone_on_with(cli: Cli, slow
         assert finish(process).code == 143
         followed = finish(follower)
     assert followed.code == 0
-    assert {line.split("]")[0] for line in followed.out.splitlines()} == {"[a1 r0", "[a1 r1"}
+    assert {line.split("]")[0] for line in followed.out.splitlines()} == {"[a1 r0", "[a1 r1", "[a1"}
+    assert followed.out.splitlines()[-1] == "[a1] the run ended with 143: stopped by SIGTERM after saving"
     stopped = json.loads((folder / "result.json").read_text())
     assert (stopped["state"], stopped["step"] > 0) == ("stopped", True)
 
@@ -128,7 +129,8 @@ def test_following_goes_on_across_a_restart_and_ends_with_the_run(cli: Cli, smal
     assert seen == [json.loads(line) for line in cli("logs", folder.name, "--json").out.splitlines()]
     keys = [(line["attempt"], line["rank"], line["number"]) for line in seen]
     assert len(keys) == len(set(keys))
-    assert {line["attempt"] for line in seen} == {1, 2}
+    launcher = [(line["attempt"], line["text"].partition(",")[0]) for line in seen if line["rank"] is None]
+    assert launcher == [(1, "rank 1: killed by SIGKILL"), (2, "the run ended with 0: done")]
 
 
 def test_who_follows_may_leave_and_the_run_goes_on(cli: Cli, slow: Slow) -> None:
