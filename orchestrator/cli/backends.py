@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from orchestrator.cluster_config import ClusterConfig
 
 CLUSTER = ("cluster=", "cluster.")
+CHOOSING = (
+    "cluster=", "cluster.context=", "cluster.namespace=", "cluster.address=", "cluster.token_file=",
+    "cluster.insecure=",
+)  # fmt: skip
 
 
 def add_verb(subparsers: Any, name: str, text: str, epilog: str, run: Callable[[argparse.Namespace], int]) -> Any:
@@ -60,7 +64,7 @@ def backend_of(config: ClusterConfig, runs_dir: Path) -> Backend:
 def open_run(args: argparse.Namespace) -> tuple[Backend, str]:
     """The cluster, and the id of its run that `ID` means."""
     backend = choose_backend(args)
-    return backend, find_id(args.run_id, backend.ids(), _place(args), same_cluster(args.overrides))
+    return backend, find_id(args.run_id, backend.ids(), _place(args), same_cluster(args))
 
 
 def find_id(text: str | None, ids: list[str], where: str, more: str) -> str:
@@ -84,10 +88,12 @@ def find_id(text: str | None, ids: list[str], where: str, more: str) -> str:
     return found[0]
 
 
-def same_cluster(overrides: Sequence[str]) -> str:
-    """What a command needs at its end to ask the same cluster."""
-    chosen = [text for text in overrides if text.startswith(CLUSTER)]
-    return f" {shlex.join(chosen)}" if chosen else ""
+def same_cluster(args: argparse.Namespace) -> str:
+    """What a command needs at its end to ask the same cluster: no image and no volumes."""
+    chosen = [text for text in args.overrides if text.startswith(CHOOSING)]
+    folders = [word for folder in args.config_dir for word in ("--config-dir", str(folder))]
+    words = [*chosen, *(folders if chosen else [])]
+    return f" {shlex.join(words)}" if words else ""
 
 
 def _place(args: argparse.Namespace) -> str:

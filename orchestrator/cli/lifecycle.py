@@ -105,7 +105,7 @@ def cancel_run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"run_id": run_id, "asked": "end" if args.now else "save and stop"})
         return EXIT_DONE
-    end = same_cluster(args.overrides)
+    end = same_cluster(args)
     asked = "is killed" if args.now else "was asked to save and stop"
     print(f"run {run_id} {asked}")
     print(f"status      orchestrator status {run_id}{end}")
@@ -121,7 +121,7 @@ def resume_run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"run_id": run_id, "resumed": True})
     else:
-        print(f"run {run_id} goes on\nlogs        orchestrator logs {run_id} -f{same_cluster(args.overrides)}")
+        print(f"run {run_id} goes on\nlogs        orchestrator logs {run_id} -f{same_cluster(args)}")
     return EXIT_DONE
 
 

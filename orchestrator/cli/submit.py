@@ -200,7 +200,7 @@ def _tell(facts: dict[str, Any], args: argparse.Namespace) -> None:
         if not args.follow:  # else stdout is for the lines
             print_json(facts)
         return
-    run_id, end = facts["run_id"], same_cluster(args.overrides)
+    run_id, end = facts["run_id"], same_cluster(args)
     why = f" ({facts['why']})" if facts.get("why") else ""
     rows = [
         ("run", f"{run_id} {SAID[facts['outcome']]}"),
@@ -222,7 +222,7 @@ def _follow(bundle: Bundle, args: argparse.Namespace) -> int:
         while (facts := backend.status(run_id))["state"] in LIVING and time.monotonic() < until:
             time.sleep(POLL_S)
     except KeyboardInterrupt:
-        note(f"no longer followed; run {run_id} goes on: orchestrator logs {run_id} -f{same_cluster(args.overrides)}")
+        note(f"no longer followed; run {run_id} goes on: orchestrator logs {run_id} -f{same_cluster(args)}")
         return EXIT_INTERRUPTED
     note(f"run {run_id}: {facts['state']}" + _because(facts))
     return exit_code_of(facts)

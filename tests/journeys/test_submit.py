@@ -152,10 +152,24 @@ def test_a_submission_says_where_it_went_and_what_comes_next_and_is_sent_once(
     assert rows["run"] == f"{job} was sent"
     assert rows["kind"] == "Job (cluster.kind names it)"
     assert rows["where"] == f"{server.url}, context test, namespace default"
-    assert rows["logs"].startswith(f"orchestrator logs {job} -f cluster=kubernetes cluster.image=")
+    assert rows["logs"] == f"orchestrator logs {job} -f cluster=kubernetes"
     facts = json.loads(typed.out) if typed("train", *to_kubernetes, "--json") == 0 else {}
     assert (facts["run_id"], facts["outcome"], facts["archive"]) == (job, "there", None)
     assert server.names("jobs") == [job]
+
+
+def test_a_cluster_of_one_s_own_is_named_in_what_comes_next(
+    typed: Typed, server: FakeApi, to_kubernetes: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "groups" / "cluster").mkdir(parents=True)
+    own = "defaults: [kubernetes]\ncontext: test\nspread: any\n"
+    (tmp_path / "groups" / "cluster" / "campus.yaml").write_text(own)
+    command = ["cluster=campus" if text == "cluster=kubernetes" else text for text in to_kubernetes]
+    assert typed("train", *command, "--config-dir", tmp_path / "groups", "cluster.namespace=default") == 0, typed.err
+    rows = dict(line.split(maxsplit=1) for line in typed.out.splitlines())
+    end = f"cluster=campus cluster.namespace=default --config-dir {tmp_path}/groups"
+    assert rows["stop"].endswith(end)
+    assert typed(*rows["status"].split()[1:]) == 0, typed.err
 
 
 def test_the_archive_is_sent_as_it_is_shown(
