@@ -13,11 +13,10 @@ from typing import Any
 from orchestrator.cluster.backend import LogLine
 from orchestrator.cluster.code import archive_of
 from orchestrator.cluster.lines import read_lines
-from orchestrator.cluster.rank_logs import read_logs
 from orchestrator.cluster.ray.api import Dashboard, connect
 from orchestrator.cluster.ray.errand import Errand
 from orchestrator.cluster.ray.facts import facts_of, state_of
-from orchestrator.cluster.ray.lines import ended_lines, followed_lines
+from orchestrator.cluster.ray.lines import ended_lines, followed_lines, with_older
 from orchestrator.cluster.ray.meeting import SUBMISSION_VARIABLE, driver_file
 from orchestrator.cluster.ray.submit import (
     FOLDER_KEY,
@@ -69,16 +68,15 @@ class RayBackend:
 
     def logs(self, run_id: str, follow: bool, rank: int | None) -> Iterator[LogLine]:
         jobs = self._jobs(run_id)
-        folder, newest = shared_folder(jobs), jobs[-1]["submission_id"]
+        newest = jobs[-1]["submission_id"]
 
         def is_living() -> bool:
-            return follow and self._dashboard.job(newest)["status"] in LIVING
+            return self._dashboard.job(newest)["status"] in LIVING
 
-        if folder is not None:
-            return read_logs(folder, rank, is_living)
-        earlier = (self._dashboard.logs(job["submission_id"]) for job in jobs[:-1])
-        last = followed_lines if is_living() else _whole_lines
-        lines = chain(ended_lines(earlier), last(self._dashboard, newest, is_living))
+        ended = jobs[:-1] if follow else jobs
+        told = ended_lines(self._dashboard.logs(job["submission_id"]) for job in ended)
+        now = followed_lines(self._dashboard, newest, is_living) if follow else iter(())
+        lines = with_older(shared_folder(jobs), chain(told, now))
         return (line for line in lines if rank is None or line.rank == rank)
 
     def cancel(self, run_id: str, now: bool) -> None:
@@ -160,10 +158,6 @@ class RayBackend:
         if status != "SUCCEEDED":
             raise TransientError(f"job {name} ended as {status}: {text[-500:]}. Way out: try again")
         return text
-
-
-def _whole_lines(dashboard: Dashboard, submission_id: str, is_living: object) -> Iterator[LogLine]:
-    return ended_lines([dashboard.logs(submission_id)])
 
 
 def shared_folder(jobs: list[Job]) -> Path | None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import takewhile
+from pathlib import Path
+from typing import Protocol
 
 from orchestrator.cluster.backend import LogLine
 from orchestrator.cluster.lines import read_lines
-from orchestrator.cluster.ray.api import Dashboard
+from orchestrator.cluster.rank_logs import read_logs
 from orchestrator.errors import TransientError
 
 PATIENCE_S = 60.0
@@ -21,7 +24,15 @@ def ended_lines(texts: Iterable[str]) -> Iterator[LogLine]:
         yield from _log_lines(text.split("\n"))
 
 
-def followed_lines(dashboard: Dashboard, submission_id: str, is_living: Callable[[], bool]) -> Iterator[LogLine]:
+class Followed(Protocol):
+    """Of a dashboard: what following takes."""
+
+    def follow(self, submission_id: str) -> Iterator[str]: ...
+
+
+def followed_lines(
+    dashboard: Followed, submission_id: str, is_living: Callable[[], bool], again_s: float = AGAIN_S
+) -> Iterator[LogLine]:
     """Of a job under way until it ends; after an outage from where it was."""
     seen = dict[tuple[int, int | None], int]()
     until = time.monotonic() + PATIENCE_S
@@ -39,7 +50,18 @@ def followed_lines(dashboard: Dashboard, submission_id: str, is_living: Callable
         except TransientError:
             if time.monotonic() > until:
                 raise
-        time.sleep(AGAIN_S)
+        time.sleep(again_s)
+
+
+def with_older(folder: Path | None, lines: Iterator[LogLine]) -> Iterator[LogLine]:
+    """The same, after those of attempts whose jobs the cluster no longer knows: a folder that is here has them."""
+    first = next(lines, None)
+    if folder is not None:
+        older = read_logs(folder, None, lambda: False)
+        yield from takewhile(lambda line: first is None or line.attempt < first.attempt, older)
+    if first is not None:
+        yield first
+        yield from lines
 
 
 def _log_lines(lines: Iterable[str]) -> Iterator[LogLine]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from orchestrator.cluster.lines import Numbered, progress_line, stack_end, stack
 from orchestrator.cluster.ray.api import Dashboard
 from orchestrator.cluster.ray.backend import RayBackend
 from orchestrator.cluster.ray.facts import last_words
+from orchestrator.cluster.ray.lines import followed_lines
 from orchestrator.cluster.ray.meeting import write_driver
 from orchestrator.cluster.ray.submit import submission_of, submit
-from orchestrator.errors import UserError
+from orchestrator.errors import TransientError, UserError
 
 FACTS = {"attempt": 2, "world_size": 2, "step": 7, "total_steps": 14, "eta_s": 3.5, "images_per_s": 90.0}
 
@@ -132,6 +133,34 @@ def test_the_lines_of_all_jobs_of_a_run_are_joined(
         (1, 0, 1, "one"), (1, 0, 2, "two"), (1, 1, 1, "other"), (2, None, 1, "asked to stop"), (2, 0, 1, "three"),
     ]  # fmt: skip
     assert [line.text for line in backend.logs(run_id, False, 1)] == ["other"]
+
+
+def test_attempts_whose_jobs_are_gone_come_from_a_folder_that_is_here(
+    ray: FakeRay, backend: RayBackend, run_id: str, bundle: Bundle
+) -> None:
+    for attempt in (1, 2):
+        log = bundle.folder / "logs" / f"attempt_{attempt}" / "rank_0.log"
+        log.parent.mkdir(parents=True)
+        log.write_text(f"of attempt {attempt}\n")
+    write_driver(bundle.folder, run_id, "token")
+    ray.logs[run_id] = Numbered(2, "n0").feed(b"hello\n") + Numbered(2, "r0").feed(b"of attempt 2\n")
+    found = [(line.attempt, line.rank, line.text) for line in backend.logs(run_id, False, None)]
+    assert found == [(1, 0, "of attempt 1"), (2, None, "hello"), (2, 0, "of attempt 2")]
+
+
+def test_a_followed_log_goes_on_where_it_broke_off_and_ends_with_the_job() -> None:
+    pieces = Numbered(1, "r0").feed(b"one\ntwo\nthree\n")
+    answers = [pieces[:30], pieces[:45], pieces]
+
+    class Breaking:
+        def follow(self, submission_id: str) -> Iterator[str]:
+            text = answers.pop(0)
+            yield from (text[start : start + 7] for start in range(0, len(text), 7))
+            if answers:
+                raise TransientError("the log broke off")
+
+    lines = followed_lines(Breaking(), "run", lambda: len(answers) > 1, again_s=0.0)
+    assert [(line.number, line.text) for line in lines] == [(1, "one"), (2, "two"), (3, "three")]
 
 
 def test_cancel_stops_the_living_job(ray: FakeRay, backend: RayBackend, run_id: str) -> None:

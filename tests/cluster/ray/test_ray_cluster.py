@@ -168,6 +168,33 @@ def test_a_user_s_mistake_is_not_tried_again(cluster: Cluster) -> None:
     assert not cluster.processes()
 
 
+def test_a_run_that_cannot_start_says_what_it_waits_for_and_ends_at_once_when_cancelled(cluster: Cluster) -> None:
+    run_id, _ = cluster.submit("name=waiting", "cluster.placement=STRICT_SPREAD")
+    what = "waits for its workers: 2 x (1 CPU, 0.5 GiB memory), STRICT_SPREAD; the cluster has "
+    assert next(line for line in cluster.backend.logs(run_id, True, None) if what in line.text)
+    cluster.backend.cancel(run_id, now=False)
+    facts = cluster.wait(run_id, "stopped", "failed", "done")
+    assert (facts["state"], facts["exit_code"], facts["attempt"]) == ("stopped", 45, 0)
+
+
+def test_a_run_is_followed_to_its_end_cancelled_without_a_save_pulled_and_removed(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    run_id, _ = cluster.submit(*LONG, "name=followed")
+    lines = cluster.backend.logs(run_id, True, None)
+    seen = [next(lines)]
+    wait_for(lambda: cluster.steps(run_id) > 3, "steps", END_S)
+    cluster.backend.cancel(run_id, now=True)
+    seen += lines
+    assert {line.rank for line in seen} >= {0, 1}
+    assert len({(line.attempt, line.rank, line.number) for line in seen}) == len(seen)
+    assert cluster.wait(run_id, "stopped", "failed", "done")["state"] == "stopped"
+    assert not [event for event in events(cluster.runs_dir / run_id) if event["kind"] == "stop"]
+    assert (cluster.backend.pull(run_id, tmp_path) / "run.json").exists()
+    cluster.backend.remove(run_id)
+    assert run_id not in cluster.backend.ids()
+
+
 @pytest.mark.skipif(not can_make_namespaces(), reason="two nodes need root and iproute2")
 def test_two_nodes_train_together_and_one_that_is_lost_changes_no_bit(
     small: tuple[str, ...], long_run: dict[str, Any], tmp_path: Path
@@ -191,6 +218,10 @@ def test_two_nodes_train_together_and_one_that_is_lost_changes_no_bit(
 def journal(folder: Path) -> list[dict[str, Any]]:
     path = folder / "events" / "launcher.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "events" / "rank_0.jsonl").read_text().splitlines()]
 
 
 def steps_of(folder: Path, attempt: int) -> int:
