@@ -70,10 +70,11 @@ def state_of(seen: Observed) -> RunState:
 
 
 def restarts_of(run: Object) -> int:
-    """Starts after the first one, as far as the kind counts them."""
+    """Starts after the first one, as far as the kind counts them. A Job counts failed pods, those of its end too."""
     status = run.get("status") or {}
     nodes = run.get("spec", {}).get("completions") or 1
-    return int(status.get("restarts") or 0) or -(-int(status.get("failed") or 0) // nodes)
+    failures = -(-int(status.get("failed") or 0) // nodes)
+    return int(status.get("restarts") or 0) or max(failures - (_verdict(run)[0] == "failed"), 0)
 
 
 def is_suspended(seen: Observed) -> bool:

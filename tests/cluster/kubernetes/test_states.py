@@ -138,7 +138,7 @@ def job(**facts: Object) -> Object:
         ),
         (
             Observed(run_object(status={**LIMIT, "failed": 8})),
-            RunState("failed", None, "BackoffLimitExceeded: Job has reached the specified backoff limit", restarts=4),
+            RunState("failed", None, "BackoffLimitExceeded: Job has reached the specified backoff limit", restarts=3),
         ),
     ],
 )
