@@ -114,7 +114,7 @@ def _forbidden(call: Call, said: str) -> OrchestratorError:
     if right is None:
         return _refused(call, said)
     verb, resource = right["verb"], right["resource"]
-    way_out = f"let its operator apply k8s/base, or bind a role that may {verb} {resource}"
+    way_out = f"another namespace, or let its operator apply k8s/base or bind a role that may {verb} {resource}"
     return Forbidden("cluster.namespace", call.namespace, f"no right to {verb} {resource} in it", way_out)
 
 
