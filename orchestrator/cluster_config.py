@@ -66,6 +66,8 @@ class ClusterConfig:
     prices: list[str]
     """Price of a process's hour by the name of its device, e.g. ['cpu=0.04','NVIDIA H100 80GB HBM3=2.9']."""
     currency: str
+    canary: bool
+    """On several nodes: the first one tries three steps and a resume alone before the run begins."""
     # What reaches the workers of a cluster.
     image: str | None
     """Container image by digest: registry/name@sha256:DIGEST."""

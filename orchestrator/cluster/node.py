@@ -169,10 +169,9 @@ def _lead(life: Life, own: Hello, processes: int, patience: Patience, asked: Ask
         for notice in filter(None, (warning_of_other_code(bundle), tell_earlier(bundle))):
             life.speaker.say(notice)
         write_bundle(bundle, life.folder / "run.json", sets.facts())
+        failed = _try_first(life, processes)
         try:
-            with hosting(life.node.port) as line:
-                nodes = gather(line, own, patience)
-                ended = _lead_attempt(life, line, nodes, Place(processes, life.node.port, 0, own.num_nodes), asked)
+            ended = failed or _lead_all(life, own, processes, patience, asked)
         except StopRequested as stop:
             ended = Ended(stop.exit_code)
         except TransientError as error:
@@ -180,7 +179,22 @@ def _lead(life: Life, own: Hello, processes: int, patience: Patience, asked: Ask
         remove_halves(life.folder)
         if missing := conclude(bundle, ended):
             life.speaker.say(missing)
-    return _for_node(ended, range(processes))
+    return failed or _for_node(ended, range(processes))
+
+
+def _try_first(life: Life, processes: int) -> Ended | None:
+    """How the run ends where the canary of its first attempt fails on this node alone."""
+    from orchestrator.cluster.first_node import try_alone
+
+    if life.node.count == 1 or not life.bundle.config.cluster.canary or local.next_attempt(life.folder) > 1:
+        return None
+    return try_alone(life.bundle, processes, processes * life.node.count, life.speaker.say)
+
+
+def _lead_all(life: Life, own: Hello, processes: int, patience: Patience, asked: Asked) -> Ended:
+    with hosting(life.node.port) as line:
+        nodes = gather(line, own, patience)
+        return _lead_attempt(life, line, nodes, Place(processes, life.node.port, 0, own.num_nodes), asked)
 
 
 def _lead_attempt(life: Life, line: Lifeline, nodes: dict[int, int], place: Place, asked: Asked) -> Ended:

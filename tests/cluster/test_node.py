@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -21,6 +22,7 @@ from orchestrator.bundle import freeze, load_bundle, write_bundle
 from orchestrator.cluster import lifeline
 from orchestrator.cluster.cause import Ended
 from orchestrator.cluster.environment import leave_last_words, read_node
+from orchestrator.cluster.first_node import alone
 from orchestrator.cluster.group import Place, Start, rank_env
 from orchestrator.cluster.lines import Said, read_lines
 from orchestrator.cluster.meeting import Hello, Patience, gather, reach, refuse
@@ -100,7 +102,8 @@ def site(warm_nodes: WarmNodes, tmp_path: Path, small: tuple[str, ...]) -> Itera
 
 
 def make_site(nodes: WarmNodes, path: Path, *overrides: str) -> Site:
-    every = [*overrides, f"runs_dir={path}/runs", "compute.num_nodes=2", "cluster.hang_start_s=60"]
+    every = ["compute.num_nodes=2", "cluster.hang_start_s=60", "cluster.canary=false", *overrides]
+    every.append(f"runs_dir={path}/runs")
     bundle = replace(freeze(compose([*every, "cluster.grace_s=10"])), code_digest=nodes.code_digest)
     bundle.folder.mkdir(parents=True)
     write_bundle(bundle, path / "run.json", {})
@@ -515,3 +518,53 @@ def test_two_nodes_end_with_the_bits_of_two_local_processes_whatever_was_killed(
     (late,) = site.start(only=1)  # a pod that the cluster replaced after the end
     assert late.wait() == 0
     assert "is already finished" in late.out
+
+
+class TestFirstNodeAlone:
+    @pytest.mark.slow
+    def test_its_canary_comes_before_the_first_attempt_and_never_again(
+        self, site: Site, trained: Run, small: tuple[str, ...], tmp_path: Path
+    ) -> None:
+        more = ("recipe.ema_decay=0.9", "cluster.canary=true")
+        site = make_site(site.nodes, tmp_path / "real", *small, *more)
+        launchers = site.start(entry="jobs.train:rank")
+        assert site.codes(launchers, 120) == [0, 0]
+        checks = [line.text for line in said(launchers[0]) if line.text.startswith("canary: ")]
+        assert {text.split()[1] for text in checks} <= {"ok", "warn"}
+        assert any(text.startswith("canary: ok resume (") for text in checks)
+        result = json.loads((site.folder / "result.json").read_text())
+        assert result["weights_sha256"] == trained.result["weights_sha256"]
+        assert [path.name for path in site.folder.parent.iterdir()] == [result["run_id"]]
+        second = site.start(entry="jobs.train:rank")
+        assert site.codes(second) == [0, 0]
+        assert "canary" not in second[0].out
+
+    def test_what_it_finds_ends_the_run_before_an_attempt(
+        self, site: Site, shards: Path, small: tuple[str, ...], tmp_path: Path
+    ) -> None:
+        torn = tmp_path / "torn"
+        shutil.copytree(shards, torn)
+        first = min((torn / "train").glob("*.tar"))
+        content = bytearray(first.read_bytes())
+        content[700] ^= 1
+        first.write_bytes(content)
+        more = ("cluster.canary=true", f"data.train={torn}/train", f"data.val={torn}/val")
+        site = make_site(site.nodes, tmp_path / "real", *small, *more)
+        (launcher,) = site.start(entry="jobs.train:rank", only=0)
+        assert launcher.wait(120) == 42
+        error = str(launcher.last_words()["error"])
+        assert error.startswith("canary: shards: ")
+        assert first.name in error
+        result = json.loads((site.folder / "result.json").read_text())
+        assert (result["state"], result["exit_code"], result["error"]) == ("failed", 42, error)
+        assert not (site.folder / "logs").exists()
+
+
+@pytest.mark.parametrize(("processes", "world", "batch", "own"), [(8, 64, 2048, 256), (1, 2, 7, 3), (4, 4, 12, 12)])
+def test_the_first_node_alone_computes_as_many_images_in_each_process(
+    processes: int, world: int, batch: int, own: int
+) -> None:
+    keys = (f"compute.num_processes={world}", "compute.num_nodes=2", f"recipe.global_batch_size={batch}")
+    config = alone(compose(keys).config, processes, world)
+    assert config.recipe.global_batch_size == own
+    assert (config.compute.num_processes, config.compute.num_nodes) == (str(processes), 1)

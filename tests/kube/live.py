@@ -43,7 +43,7 @@ class Cluster:
             f"cluster.python={self.python}",
             f"cluster.namespace={self.api.namespace}", volumes, f"runs_dir=/runs/{runs}", "data_dir=/runs/data",
             "compute.num_nodes=2", "cluster.memory_gib_per_process=2", "cluster.cpus_per_process=0.5",
-            "cluster.disk_gib=1", "cluster.grace_s=30",
+            "cluster.disk_gib=1", "cluster.grace_s=30", "cluster.canary=false",
         )  # fmt: skip
 
     @property
