@@ -47,6 +47,7 @@ def add_to(subparsers: Any) -> None:
     parser.add_argument("--cfg", action="store_true", help="print the config, each value with its source, and stop")
     parser.add_argument("--dry-run", action="store_true", help="print exactly what would run or be sent, and stop")
     parser.add_argument("--canary", action="store_true", help="try three steps, a resume and all that is written")
+    parser.add_argument("--no-canary", action="store_true", help="on several nodes: the first does not try it alone")
     parser.add_argument("--manifest", type=Path, metavar="FILE", help="write the objects of Kubernetes, send nothing")
     parser.add_argument("--follow", action="store_true", help="on a cluster: print the logs, end with the run's code")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -61,6 +62,8 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
 
 def train(args: argparse.Namespace) -> int:
     began = time.time()
+    if args.no_canary:
+        args.overrides = [*args.overrides, "cluster.canary=false"]
     elsewhere = any(text.startswith("cluster=") and text != "cluster=local" for text in args.overrides)
     if not (args.cfg or args.dry_run or elsewhere):
         from orchestrator.cluster import local

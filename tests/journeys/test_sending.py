@@ -18,6 +18,7 @@ from launching import REPO
 
 from orchestrator.cli.main import main
 from orchestrator.cluster import code
+from orchestrator.cluster.ray.api import Dashboard
 
 sys.path[:0] = [str(REPO / "tests" / "cluster" / "kubernetes"), str(REPO / "tests" / "cluster" / "ray")]
 
@@ -78,7 +79,9 @@ class QuickRay(FakeRay):
 
 
 @pytest.fixture
-def ray(tmp_path: Path) -> Iterator[FakeRay]:
+def ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRay]:
+    # the fake speaks no web socket: what it has is the whole log
+    monkeypatch.setattr(Dashboard, "follow", lambda self, submission_id: iter([self.logs(submission_id)]))
     (tmp_path / "token").write_text("secret-token")
     (tmp_path / "token").chmod(0o600)
     with serving(QuickRay()) as fake:
@@ -268,6 +271,12 @@ def test_what_cannot_be_sent_is_refused_by_key_and_nothing_is_half_submitted(
     assert "Way out: " in typed.err
     assert "canary@" not in typed.err
     assert (kept(server), ray.jobs) == ({}, {})
+
+
+def test_no_canary_is_a_key_of_the_config_that_is_sent(typed: Typed, to_ray: tuple[str, ...]) -> None:
+    for flags, canary in (((), True), (("--no-canary",), False)):
+        assert typed("train", *to_ray, "--dry-run", "--json", *flags) == 0, typed.err
+        assert json.loads(typed.out)["run.json"]["config"]["cluster"]["canary"] is canary
 
 
 def test_two_nodes_are_not_here(typed: Typed, small: tuple[str, ...]) -> None:
