@@ -40,7 +40,8 @@ PULL = """examples:
   orchestrator pull quickstart-0123abcd cluster=kubernetes
   orchestrator pull quickstart-0123abcd cluster=ray --to /mnt/runs --json
 
-Copies the run's folder to this machine, where ls, status, compare, evaluate and predict find it."""
+Copies the run's folder to this machine, where ls, status and its report are found; what is here already does not come
+again. Checkpoints may be a hundred times the rest: --checkpoints brings them too, for evaluate and predict."""
 STACK = """examples:
   orchestrator stack quickstart-0123abcd
   orchestrator stack quickstart-0123abcd cluster=kubernetes --json
@@ -62,6 +63,7 @@ def add_to(subparsers: Any) -> None:
     resume = add_verb(subparsers, "resume", "go on with a run that was stopped", RESUME, resume_run)
     pull = add_verb(subparsers, "pull", "copy a run's folder to this machine", PULL, pull_run)
     pull.add_argument("--to", type=Path, metavar="DIR", help="folder of runs here (default: --runs-dir)")
+    pull.add_argument("--checkpoints", action="store_true", help="its checkpoints too")
     stack = add_verb(subparsers, "stack", "where every rank is at this moment", STACK, show_stacks)
     remove = add_verb(subparsers, "rm", "remove a run that has ended", REMOVE, remove_run)
     remove.add_argument("--yes", action="store_true", help="its checkpoints too")
@@ -127,7 +129,7 @@ def resume_run(args: argparse.Namespace) -> int:
 
 def pull_run(args: argparse.Namespace) -> int:
     backend, run_id = open_run(args)
-    folder = backend.pull(run_id, args.to or args.runs_dir)
+    folder = backend.pull(run_id, args.to or args.runs_dir, args.checkpoints)
     if args.json:
         print_json({"run_id": run_id, "folder": str(folder)})
     else:

@@ -47,8 +47,8 @@ class Backend(Protocol):
         """Go on with a run that was stopped; its exit code where this waits for its end, as on this machine."""
         ...
 
-    def pull(self, run_id: str, to: Path) -> Path:
-        """Copy the run's folder to this machine; returns where it is."""
+    def pull(self, run_id: str, to: Path, checkpoints: bool = False) -> Path:
+        """Copy the run's folder to this machine, without its checkpoints unless asked; returns where it is."""
         ...
 
     def stacks(self, run_id: str) -> dict[int, str]:

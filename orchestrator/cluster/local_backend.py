@@ -60,7 +60,7 @@ class LocalBackend:
             raise UserError(f"run {run_id} is running as process {launcher}. Way out: orchestrator logs {run_id} -f")
         return self._start(folder)
 
-    def pull(self, run_id: str, to: Path) -> Path:
+    def pull(self, run_id: str, to: Path, checkpoints: bool = False) -> Path:
         folder = self._folder(run_id)
         raise UserError(f"run {run_id} is on this machine: {folder}. Way out: cp -r {folder} {to}")
 

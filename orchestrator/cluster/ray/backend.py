@@ -98,7 +98,7 @@ class RayBackend:
         send(self._dashboard, run_id, _again(last, submission_id, last["entrypoint"]))
         return None
 
-    def pull(self, run_id: str, to: Path) -> Path:
+    def pull(self, run_id: str, to: Path, checkpoints: bool = False) -> Path:
         jobs = self._jobs(run_id)
         there, target = jobs[-1]["metadata"][FOLDER_KEY], to / run_id
         folder = shared_folder(jobs)
@@ -108,7 +108,8 @@ class RayBackend:
                 f"Way out: mount it here, or copy it: rsync -a NODE:{there} {to}/"
             )
         if folder.resolve() != target.resolve():
-            shutil.copytree(folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lock", ".*.tmp"))
+            left = ("lock", ".*.tmp") if checkpoints else ("lock", ".*.tmp", "checkpoints")
+            shutil.copytree(folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*left))
         return target
 
     def stacks(self, run_id: str) -> dict[int, str]:

@@ -217,9 +217,12 @@ def test_pull_of_a_shared_folder_copies_it_without_its_lock(
     write_driver(bundle.folder, run_id, "token")
     (bundle.folder / "lock").touch()
     (bundle.folder / "result.json").write_text("{}")
+    (bundle.folder / "checkpoints").mkdir()
     target = backend.pull(run_id, tmp_path / "here")
     assert target == tmp_path / "here" / run_id
     assert sorted(path.name for path in target.iterdir()) == ["ray.json", "result.json"]
+    backend.pull(run_id, tmp_path / "here", checkpoints=True)
+    assert sorted(path.name for path in target.iterdir()) == ["checkpoints", "ray.json", "result.json"]
 
 
 def test_a_folder_that_another_job_has_signed_is_not_the_run_s(
