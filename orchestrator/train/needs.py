@@ -9,6 +9,7 @@ from typing import Any
 from orchestrator.config import RunConfig
 from orchestrator.data.index import ShardIndex
 from orchestrator.data.order import TrainPlan
+from orchestrator.track.goodput import read_prices
 from orchestrator.train.footprint import Footprint
 from orchestrator.train.preflight import total_steps
 
@@ -66,7 +67,7 @@ def needs_of(
     images = steps * config.recipe.global_batch_size if steps else None
     hours = images / images_per_s / 3600 if images and images_per_s else None
     set_bytes = sum(shard.filesize for shard in train.shards) if train else None
-    prices = {name: float(price) for name, _, price in (entry.rpartition("=") for entry in config.cluster.prices)}
+    prices = read_prices(config.cluster.prices)
     return Needs(
         footprint=footprint,
         processes=processes,
