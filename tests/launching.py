@@ -190,9 +190,10 @@ class Net(nn.Module):
         x[(middle > 0.99) | (what == "nan")] = float("nan")
 
     def obey(self, x):
-        if not ORDER.exists():
+        try:
+            order = json.loads(ORDER.read_text())
+        except FileNotFoundError:  # none, or another rank has just obeyed it
             return
-        order = json.loads(ORDER.read_text())
         if order["do"] in ("white", "nan", "drift"):
             DONE.write_text(str(os.getpid()))
             self.blank(x, order["do"])
