@@ -124,17 +124,25 @@ def _show(bundle: Bundle, parcel: Parcel, args: argparse.Namespace) -> int:
 
 
 def _kind_of(config: RunConfig, spec: JobSpec) -> tuple[Any, str, str]:
-    """The kind, why it is that one, and where it would go; a cluster is asked for `auto` alone."""
+    """The kind, why it is that one, and where it would go; a cluster is asked for `auto` alone, and need not answer."""
     from orchestrator.cluster.kubernetes.api import connect
     from orchestrator.cluster.kubernetes.submit import choose_kind
     from orchestrator.options import JobKind
 
     cluster = config.cluster
+    named = f"context {cluster.context or '(current)'}, namespace {cluster.namespace or '(of the context)'}"
     if spec.kind is not JobKind.auto:
-        named = f"context {cluster.context or '(current)'}, namespace {cluster.namespace or '(of the context)'}"
         return spec.kind, "cluster.kind names it", named
-    api = connect(cluster.context, cluster.namespace)
-    kind, why = choose_kind(api, spec.kind)
+    try:
+        api = connect(cluster.context, cluster.namespace)
+        kind, why = choose_kind(api, spec.kind)
+    except (ConfigError, TransientError) as error:
+        if isinstance(error, ConfigError) and error.value is not None:
+            raise  # there is a cluster, or a name for one, and something is wrong with it
+        kinds = ", ".join(kind.name for kind in JobKind if kind is not JobKind.auto)
+        why = str(error).partition(". Way out")[0]
+        note(f"shown as a plain job, which every cluster runs: {why}. cluster.kind=... chooses, of {kinds}")
+        return JobKind.job, "no cluster was asked", named
     return kind, why, f"{api.server}, context {api.context}, namespace {api.namespace}"
 
 

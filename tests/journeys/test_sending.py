@@ -18,6 +18,7 @@ from launching import REPO
 
 from orchestrator.cli.main import main
 from orchestrator.cluster import code
+from orchestrator.cluster.kubernetes import api as shell
 from orchestrator.cluster.ray.api import Dashboard
 
 sys.path[:0] = [str(REPO / "tests" / "cluster" / "kubernetes"), str(REPO / "tests" / "cluster" / "ray")]
@@ -144,6 +145,39 @@ def test_what_a_dry_run_prints_and_a_manifest_holds_is_what_is_sent(
     assert typed("train", *to_kubernetes) == 0, typed.err
     shown = {(obj["kind"], obj["metadata"]["name"]): _unsuspended(obj) for obj in yaml.safe_load_all(printed)}
     assert kept(server) == shown
+
+
+@pytest.mark.parametrize("absent", ["no kubeconfig", "no server"])
+def test_auto_is_shown_as_a_plain_job_where_no_cluster_answers_and_is_not_sent(
+    typed: Typed, server: FakeApi, to_kubernetes: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    absent: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(shell, "PAUSES_S", (0.01,))
+    auto = [*to_kubernetes, "cluster.kind=auto"]
+    assert typed("train", *auto, "--dry-run") == 0, typed.err
+    assert "jobset (it starts all nodes again together" in typed.err, "the one that is there is asked"
+    assert typed("train", *to_kubernetes, "--dry-run") == 0, typed.err
+    plain = typed.out
+    if absent == "no server":
+        server.close()
+    else:
+        monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nowhere"))
+    assert typed("train", *auto, "--dry-run") == 0, typed.err
+    (said,) = [line for line in typed.err.splitlines() if "cluster.kind=..." in line]
+    assert said.startswith("shown as a plain job")
+    assert ("does not answer" if absent == "no server" else "there is no kubeconfig") in said
+    shown = typed.out
+    assert [obj["kind"] for obj in yaml.safe_load_all(shown)] == [obj["kind"] for obj in yaml.safe_load_all(plain)]
+    assert typed("train", *auto, "--manifest", tmp_path / "run.yaml") == 0, typed.err
+    assert (tmp_path / "run.yaml").read_text() == shown
+    assert typed("train", *auto) in (42, 75), "what is sent needs a cluster"
+
+
+def test_a_context_that_is_misspelt_is_refused_by_a_dry_run_too(
+    typed: Typed, server: FakeApi, to_kubernetes: tuple[str, ...]
+) -> None:
+    assert typed("train", *to_kubernetes, "cluster.kind=auto", "cluster.context=tset", "--dry-run") == 42
+    assert "cluster.context = tset: the kubeconfig has no such context" in typed.err
 
 
 def test_a_submission_says_where_it_went_and_what_comes_next_and_is_sent_once(
