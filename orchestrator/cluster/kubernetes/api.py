@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.cluster.kubernetes.context import client_of
-from orchestrator.cluster.kubernetes.failures import Busy, Call, NotFound, NotServed, failure_of, unreachable
+from orchestrator.cluster.kubernetes.failures import Busy, Call, Conflict, NotFound, NotServed, failure_of, unreachable
 from orchestrator.cluster.kubernetes.resources import Resource, resource_of
 from orchestrator.errors import TransientError
 
@@ -126,9 +126,15 @@ class Api:
         warnings = [text.partition('"')[2].rstrip('"') for text in answer.headers.getlist("Warning")]
         return json.loads(answer.data), warnings
 
-    def patch(self, resource: Resource, name: str, change: Object) -> Object:
-        """Merge `change` into an object; None removes a key."""
-        return self.call(Request("PATCH", resource.path(self.namespace, name), body=change))
+    def rehearse(self, obj: Object) -> None:
+        """Raises what would keep an object from being created; one that is there already is no hindrance."""
+        with suppress(Conflict):
+            self.call(Request("POST", resource_of(obj).path(self.namespace), {"dryRun": "All"}, obj))
+
+    def patch(self, resource: Resource, name: str, change: Object, rehearsal: bool = False) -> Object:
+        """Merge `change` into an object; None removes a key. `rehearsal`: only find out whether that is possible."""
+        query = {"dryRun": "All"} if rehearsal else {}
+        return self.call(Request("PATCH", resource.path(self.namespace, name), query, change))
 
     def delete(self, resource: Resource, name: str, grace_s: int | None = None, uid: str | None = None) -> bool:
         """With all that it owns; returns whether it was there. `uid`: only that very object."""

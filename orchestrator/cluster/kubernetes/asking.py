@@ -27,7 +27,7 @@ def ask_for_stacks(api: Api, pods: Sequence[Object]) -> dict[int, str]:
     ask = f"stack-{time.time_ns() // 10**6}"
     since = (datetime.now(UTC) - timedelta(seconds=EARLIER_S)).isoformat(timespec="seconds").replace("+00:00", "Z")
     logs = [PodLog(api, pod, since) for pod in pods]
-    answers: queue.Queue[Said | None] = queue.Queue()
+    answers: queue.Queue[Said | Exception | None] = queue.Queue()
     threads = [threading.Thread(target=_listen, args=(log, ask, answers), daemon=True) for log in logs]
     for thread in threads:
         thread.start()
@@ -40,8 +40,8 @@ def ask_for_stacks(api: Api, pods: Sequence[Object]) -> dict[int, str]:
             log.close()
 
 
-def _listen(log: PodLog, ask: str, answers: queue.Queue[Said | None]) -> None:
-    """Put what a pod says to a request, then None."""
+def _listen(log: PodLog, ask: str, answers: queue.Queue[Said | Exception | None]) -> None:
+    """Put what a pod says to a request, or why it cannot be heard, then None."""
     try:
         for _, text in log.follow():
             said = parse(text)
@@ -50,11 +50,13 @@ def _listen(log: PodLog, ask: str, answers: queue.Queue[Said | None]) -> None:
             answers.put(said)
             if said.kind == "stack end":
                 break
+    except Exception as error:  # raised where the answers are read
+        answers.put(error)
     finally:
         answers.put(None)
 
 
-def _collect(answers: queue.Queue[Said | None], pods: int) -> dict[int, str]:
+def _collect(answers: queue.Queue[Said | Exception | None], pods: int) -> dict[int, str]:
     frames: dict[int, list[str]] = {}
     until, silent = time.monotonic() + ANSWER_S, pods
     while silent:
@@ -63,6 +65,8 @@ def _collect(answers: queue.Queue[Said | None], pods: int) -> dict[int, str]:
         except queue.Empty:
             logger.warning("%d of %d pods did not answer within %.0f s", silent, pods, ANSWER_S)
             break
+        if isinstance(said, Exception):
+            raise said
         if said is None:
             silent -= 1
         elif said.kind == "stack" and said.rank is not None:

@@ -88,8 +88,7 @@ class KubernetesBackend:
             return None
         objects = objects_of(self._api, found)
         objects[-1]["spec"]["suspend"] = queue_of(found.run) is not None
-        erase(self._api, found)
-        create(self._api, objects)
+        create(self._api, objects, found)
         return None
 
     def pull(self, run_id: str, to: Path, checkpoints: bool = False) -> Path:

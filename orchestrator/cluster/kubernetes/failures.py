@@ -27,6 +27,11 @@ class Conflict(UserError):
 class Forbidden(ConfigError):
     """The credentials lack a right."""
 
+    @property
+    def right(self) -> str:
+        """``no right to VERB RESOURCE``."""
+        return self.rule.removesuffix(" in it")
+
 
 class Refused(UserError):
     """An admission (Pod Security, quota, a webhook) or the schema turned an object down."""

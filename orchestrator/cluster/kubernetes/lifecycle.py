@@ -23,9 +23,9 @@ from orchestrator.cluster.kubernetes.resources import (
     WORKLOAD,
     run_of,
 )  # fmt: skip
-from orchestrator.cluster.kubernetes.runs import Found, all_runs, find_workload, pods_of, workload_of
+from orchestrator.cluster.kubernetes.runs import Found, find_workload, pods_of, visible_runs
 from orchestrator.cluster.kubernetes.states import queue_of
-from orchestrator.errors import TransientError
+from orchestrator.errors import OrchestratorError, TransientError
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ ARCHIVE = "orchestrator/archive"
 POLL_S = 0.5
 MARGIN_S = 60.0
 """Beyond their grace period, that pods may take to go."""
+UNMARK: Object = {"metadata": {"annotations": {STOPPED: None}}}
 QUEUE_S = 10.0
 """In which Kueue takes note of a run."""
 SERVER_OWNED = ("uid", "resourceVersion", "creationTimestamp", "generation", "managedFields", "ownerReferences",
@@ -48,8 +49,12 @@ def suspend(api: Api, found: Found, now: bool) -> None:
     mark = {"metadata": {"annotations": {STOPPED: datetime.now(UTC).isoformat(timespec="seconds")}}}
     workload = _workload_to_stop(api, found)
     if workload is not None:  # the queue would start what is only suspended
-        api.patch(WORKLOAD, workload["metadata"]["name"], {"spec": {"active": False}})
         api.patch(found.resource, found.name, mark)
+        try:
+            api.patch(WORKLOAD, workload["metadata"]["name"], {"spec": {"active": False}})
+        except OrchestratorError:
+            api.patch(found.resource, found.name, UNMARK)
+            raise
     else:
         api.patch(found.resource, found.name, {**mark, "spec": {"suspend": True}})
     if now:
@@ -71,12 +76,11 @@ def _workload_to_stop(api: Api, found: Found) -> Object | None:
 
 def start_again(api: Api, found: Found) -> None:
     """Take back what `suspend` did; a queue admits the run again when it has room."""
-    unmark = {"metadata": {"annotations": {STOPPED: None}}}
-    workload = workload_of(api, found)
+    workload = find_workload(api, found)
     if queue_of(found.run) is None:
-        api.patch(found.resource, found.name, {**unmark, "spec": {"suspend": False}})
+        api.patch(found.resource, found.name, {**UNMARK, "spec": {"suspend": False}})
         return
-    api.patch(found.resource, found.name, unmark)
+    api.patch(found.resource, found.name, UNMARK)
     if workload is not None:
         api.patch(WORKLOAD, workload["metadata"]["name"], {"spec": {"active": True}})
 
@@ -103,9 +107,10 @@ def _is_there(api: Api, found: Found) -> bool:
 
 
 def collect_code(api: Api, found: Found) -> None:
-    """Remove the archive of a run that is gone, unless another run has the same code."""
+    """Remove the archive of a run that is gone, unless another run has the same code or may have it, unseen."""
     digest = archive_of(found.run)
-    if digest and digest not in map(archive_of, all_runs(api)):
+    runs, hidden = visible_runs(api)
+    if digest and not hidden and digest not in map(archive_of, runs):
         api.delete(CONFIG_MAP, f"code-{digest[:12]}")
 
 

@@ -28,7 +28,7 @@ from orchestrator.cluster.kubernetes.pods import has_started, obstacle_of
 from orchestrator.cluster.kubernetes.resources import JOB, POD, PRODUCT, TRAINING_RUNTIME, run_of
 from orchestrator.cluster.kubernetes.runs import Found, bundle_of
 from orchestrator.cluster.rank_logs import read_logs
-from orchestrator.errors import TransientError, UserError
+from orchestrator.errors import OrchestratorError, TransientError, UserError
 from orchestrator.files import hash_file
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,15 @@ def _reader(api: Api, found: Found, folder: str, asked: dict[str, Any]) -> Itera
             api.create(job)
         yield (text for _, text in PodLog(api, _started(api, name)).follow())
     finally:
+        _remove(api, name)
+
+
+def _remove(api: Api, name: str) -> None:
+    """What came is here whether or not the reader's Job can be removed; the cluster does it a minute after its end."""
+    try:
         api.delete(JOB, name)
+    except OrchestratorError as error:
+        logger.warning("job %s stays for a while: %s", name, error)
 
 
 def _started(api: Api, name: str) -> Object:

@@ -80,11 +80,13 @@ def _check(api: Api, reference: Reference) -> None:
 
 
 def _way_out(api: Api, resource: Resource, name: str) -> str:
-    try:
-        names = [one["metadata"]["name"] for one in api.list(resource)[0]] if resource is not SECRET else []
-    except Forbidden:
-        names = []
     create = f"create it, or name another {resource.kind}"
+    if resource is SECRET:  # who may list secrets may read them all
+        return create
+    try:
+        names = [one["metadata"]["name"] for one in api.list(resource)[0]]
+    except Forbidden as error:
+        return f"{create} (which there are is not told: {error.right})"
     return f"{create} ({nearest(name, names)})" if names else create
 
 

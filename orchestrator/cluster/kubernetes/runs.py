@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from orchestrator.cluster.kubernetes.resources import (
 from orchestrator.cluster.kubernetes.states import Observed, has_ended, queue_of
 from orchestrator.errors import UserError, nearest
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -49,9 +51,13 @@ class Found:
         return str(self.run["metadata"]["uid"])
 
 
-def find_run(api: Api, run_id: str) -> Found | None:
-    """Whatever kind the run is. Raises UserError where somebody else's object has its name."""
-    for resource, found in _of_each_kind(lambda resource: api.find(resource, run_id)):
+def find_run(api: Api, run_id: str, needed: Collection[Resource] = ()) -> Found | None:
+    """Whatever kind the run is. Raises UserError where somebody else's object has its name.
+
+    Raises Forbidden where there is none among what may be read, and a kind in `needed` may not be.
+    """
+    answers, forbidden = _of_each_kind(lambda resource: api.find(resource, run_id))
+    for resource, found in answers:
         if found is None:
             continue
         run = _with_kind(resource, found)
@@ -60,12 +66,15 @@ def find_run(api: Api, run_id: str) -> Found | None:
         if RUN not in run["metadata"].get("labels", {}):
             what = f"{run['kind']} {run_id} in namespace {api.namespace}"
             raise UserError(f"{what} is not orchestrator's. Way out: name=ANOTHER, or another cluster.namespace")
+    for resource in needed:
+        if resource in forbidden:
+            raise forbidden[resource]
     return None
 
 
 def get_run(api: Api, run_id: str) -> Found:
     """The same. Raises UserError with the nearest id where the cluster has none."""
-    found = find_run(api, run_id)
+    found = find_run(api, run_id, KINDS.values())
     if found is None:
         ids = [run_of(run) for run in all_runs(api)]
         hint = nearest(run_id, ids) if ids else "there is none at all."
@@ -75,10 +84,20 @@ def get_run(api: Api, run_id: str) -> Found:
 
 
 def all_runs(api: Api) -> list[Object]:
-    """The one that was made last at the end; one call for each kind that the cluster serves."""
-    pages = _of_each_kind(lambda resource: api.list(resource, f"{PRODUCT},{RUN}")[0])
+    """The one that was made last at the end; kinds that may not be listed are told of."""
+    runs, hidden = visible_runs(api)
+    if hidden:
+        kinds = ", ".join(hidden)
+        logger.warning("runs that are %s are not shown: no right to list %s in %s", kinds, kinds, api.namespace)
+    return runs
+
+
+def visible_runs(api: Api) -> tuple[list[Object], list[str]]:
+    """Runs, and the kinds that may not be listed; one call for each kind that the cluster serves."""
+    pages, forbidden = _of_each_kind(lambda resource: api.list(resource, f"{PRODUCT},{RUN}")[0])
     runs = [_with_kind(resource, run) for resource, page in pages for run in page]
-    return sorted(filter(is_run, runs), key=lambda run: run["metadata"]["creationTimestamp"])
+    hidden = [resource.plural for resource in forbidden]
+    return sorted(filter(is_run, runs), key=lambda run: run["metadata"]["creationTimestamp"]), hidden
 
 
 def observe(api: Api, found: Found) -> Observed:
@@ -86,23 +105,29 @@ def observe(api: Api, found: Found) -> Observed:
     pods = pods_of(api, run_of(found.run))
     all_run = pods != [] and all(map(is_running, pods))
     names = {pod["metadata"]["name"] for pod in pods} | {found.name}
-    events = [] if all_run or has_ended(found.run) else _events_of(api, names)
-    return Observed(found.run, pods, events, workload_of(api, found))
+    unread: list[str] = []
+    events = [] if all_run or has_ended(found.run) else _unless(unread, lambda: _events_of(api, names)) or []
+    workload = _unless(unread, lambda: find_workload(api, found))
+    return Observed(found.run, pods, events, workload, unread=tuple(unread))
 
 
 def pods_of(api: Api, run_id: str) -> list[Object]:
     return api.list(POD, f"{RUN}={run_id}")[0]
 
 
-def workload_of(api: Api, found: Found) -> Object | None:
-    """Kueue's record of the run, where there is one that may be read."""
+def _unless(unread: list[str], ask: Callable[[], T]) -> T | None:
+    """An answer, or None: with the missing right added to `unread`, or where the cluster knows no such kind."""
     try:
-        return find_workload(api, found)
-    except (Forbidden, NotServed):
-        return None
+        return ask()
+    except Forbidden as error:
+        unread.append(f"not checked: {error.right}")
+    except NotServed:
+        pass
+    return None
 
 
 def find_workload(api: Api, found: Found) -> Object | None:
+    """Kueue's record of the run, where there is one."""
     if queue_of(found.run) is None:
         return None
     for workload in api.list(WORKLOAD)[0]:
@@ -119,20 +144,17 @@ def bundle_of(api: Api, run_id: str) -> dict[str, Any] | None:
 
 def _events_of(api: Api, names: set[str]) -> list[Object]:
     """Of the run, of its pods and of what its controllers made for it."""
-    try:
-        events = api.list(EVENT, fields="type=Warning")[0]
-    except Forbidden:
-        return []
+    events = api.list(EVENT, fields="type=Warning")[0]
     return [event for event in events if event["involvedObject"].get("name") in names]
 
 
-def _of_each_kind(ask: Callable[[Resource], T]) -> list[tuple[Resource, T]]:
-    """The answers of the kinds that the cluster serves and the rights allow, asked at once.
+def _of_each_kind(ask: Callable[[Resource], T]) -> tuple[list[tuple[Resource, T]], dict[Resource, Forbidden]]:
+    """The answers of the kinds that the cluster serves, asked at once, and the refusals of those without a right.
 
     Raises Forbidden where no kind may be read at all.
     """
     answers: list[tuple[Resource, T]] = []
-    forbidden: list[Forbidden] = []
+    forbidden: dict[Resource, Forbidden] = {}
     with ThreadPoolExecutor(len(KINDS)) as pool:
         for resource, answer in [(resource, pool.submit(ask, resource)) for resource in KINDS.values()]:
             try:
@@ -140,10 +162,10 @@ def _of_each_kind(ask: Callable[[Resource], T]) -> list[tuple[Resource, T]]:
             except NotServed:
                 continue
             except Forbidden as error:
-                forbidden.append(error)
+                forbidden[resource] = error
     if forbidden and not answers:
-        raise forbidden[0]
-    return answers
+        raise next(iter(forbidden.values()))
+    return answers, forbidden
 
 
 def _with_kind(resource: Resource, run: Object) -> Object:

@@ -29,6 +29,8 @@ class Observed:
     """Kueue's, where there is one that may be read."""
     looked: bool = True
     """Whether pods were asked for."""
+    unread: tuple[str, ...] = ()
+    """What there was no right to look at, in sentences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ def state_of(seen: Observed) -> RunState:
     if is_suspended(seen):
         return _suspended(seen, active, facts)
     state = _progress(seen, active)
-    reason = obstacle_of(active, seen.events) if state == "starting" else None
+    reason = obstacle_of(active, seen.events) or "; ".join(seen.unread) or None if state == "starting" else None
     return RunState(state, None, reason, **facts)
 
 
@@ -145,7 +147,8 @@ def _waits_for(seen: Observed) -> str:
     conditions = ((seen.workload or {}).get("status") or {}).get("conditions") or []
     told = [c for c in conditions if c["type"] in ("QuotaReserved", "Admitted", "Evicted") and c.get("message")]
     held = [c for c in told if (c["status"] == "False") == (c["type"] != "Evicted")]
-    return held[0]["message"] if held else f"waits until queue {queue_of(seen.run)} admits it"
+    waits = f"waits until queue {queue_of(seen.run)} admits it"
+    return held[0]["message"] if held else "; ".join((waits, *seen.unread))
 
 
 def _progress(seen: Observed, active: Sequence[Object]) -> str:

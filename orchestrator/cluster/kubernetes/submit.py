@@ -63,7 +63,7 @@ def submit(api: Api, spec: JobSpec, archive: bytes | None = None) -> Submission:
     kind, why = choose_kind(api, spec.kind)
     objects = render(spec, kind, archive)
     notes = [*check_references(api, spec), *remarks(spec, kind)]
-    earlier = find_run(api, spec.run_id)
+    earlier = find_run(api, spec.run_id, [KINDS[kind]])
     outcome = "submitted"
     if earlier is not None:
         outcome = _meet(api, objects, earlier)
@@ -74,8 +74,8 @@ def submit(api: Api, spec: JobSpec, archive: bytes | None = None) -> Submission:
         if unfit:
             objects = render(replace(spec, avoid_nodes=tuple(unfit)), kind, archive)
             notes.append(f"avoids {', '.join(unfit)}, which a launcher found unfit")
-        erase(api, earlier)
-    if outcome in ("submitted", "restarted") and not create(api, objects):
+    before = earlier if outcome == "restarted" else None
+    if outcome in ("submitted", "restarted") and not create(api, objects, before):
         _meet(api, objects, get_run(api, spec.run_id))
         outcome = "there"
         notes.append("another submitter was first")
@@ -144,13 +144,18 @@ def _require_same(run: Object, earlier: Found) -> None:
         raise ConfigError("run_id", earlier.name, rule, way_out)
 
 
-def create(api: Api, objects: Sequence[Object]) -> bool:
+def create(api: Api, objects: Sequence[Object], before: Found | None = None) -> bool:
     """Create all objects or none; returns whether the run was this call's to create.
+
+    `before`: an ended run of this name, removed once nothing speaks against the new one.
 
     The run comes first, suspended: its name can be taken once, which decides between two submitters, and what is
     created after it belongs to it from the start. It begins when all is there. What a run of Trainer refers to must
     precede it.
     """
+    if before is not None:
+        _rehearse(api, objects, before)
+        erase(api, before)
     made: list[Made] = []
     try:
         return _create_all(api, objects, made)
@@ -159,6 +164,13 @@ def create(api: Api, objects: Sequence[Object]) -> bool:
             with suppress(OrchestratorError):
                 api.delete(resource, name, uid=uid)
         raise
+
+
+def _rehearse(api: Api, objects: Sequence[Object], before: Found) -> None:
+    """Raises what the server would say to `objects`, and to letting the run go."""
+    for obj in objects:
+        api.rehearse(obj)
+    api.patch(before.resource, before.name, {}, rehearsal=True)
 
 
 def _create_all(api: Api, objects: Sequence[Object], made: list[Made]) -> bool:

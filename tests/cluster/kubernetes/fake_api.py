@@ -189,6 +189,8 @@ class FakeApi:
             match method:
                 case "GET":
                     return self.objects[key]
+                case "PATCH" if "dryRun" in query:
+                    return merge(self.objects[key], body or {})
                 case "PATCH":
                     return self._store("MODIFIED", key, merge(self.objects[key], body or {}))
             uid = ((body or {}).get("preconditions") or {}).get("uid")
@@ -204,6 +206,8 @@ class FakeApi:
                 raise Refusal(403, "Forbidden", f'{key[2]} "{name}" is forbidden: {said}', name=name)
         if (*key[:3], name) in self.objects:
             raise Refusal(409, "AlreadyExists", f'{key[2]} "{name}" already exists', name=name)
+        if "dryRun" in query:
+            return body
         body["metadata"]["namespace"] = key[1]
         return self._store("ADDED", (*key[:3], name), body)
 

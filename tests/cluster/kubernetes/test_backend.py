@@ -77,15 +77,28 @@ def test_a_cluster_with_jobs_alone_lists_them(server: FakeApi, backend: Kubernet
     assert backend.ids() == [RUN_ID]
 
 
-def test_kinds_that_may_not_be_read_are_left_out_and_none_at_all_is_an_error(
-    server: FakeApi, backend: KubernetesBackend
+def test_kinds_that_may_not_be_read_are_told_of_and_none_at_all_is_an_error(
+    server: FakeApi, backend: KubernetesBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
     put_run(server)
-    server.denied = {("list", kind) for kind in ("jobsets", "trainjobs", "rayjobs")}
+    server.denied = {("list", kind) for kind in ("jobsets", "rayjobs")}
     assert backend.ids() == [RUN_ID]
+    assert caplog.messages == [
+        "runs that are jobsets, rayjobs are not shown: no right to list jobsets, rayjobs in default"
+    ]
+    server.denied.add(("list", "trainjobs"))
     server.denied.add(("list", "jobs"))
     with pytest.raises(Forbidden, match="no right to list jobs"):
         backend.ids()
+
+
+def test_a_run_that_may_be_of_a_kind_without_a_right_is_not_said_to_be_missing(
+    server: FakeApi, backend: KubernetesBackend
+) -> None:
+    put_run(server)
+    server.denied = {("get", "jobs")}
+    with pytest.raises(Forbidden, match="no right to get jobs"):
+        backend.status(RUN_ID)
 
 
 def test_a_thousand_runs_are_listed_quickly(server: FakeApi, backend: KubernetesBackend) -> None:
@@ -120,7 +133,7 @@ def test_status_names_what_holds_a_run_up(server: FakeApi, backend: KubernetesBa
     server.put(CORE, "events", event("BackOff", "another run's", "11:00", name="other"))
     assert backend.status(RUN_ID)["reason"] == f"{RUN_ID}: FailedCreate: exceeded quota: team"
     server.denied = {("list", "events")}
-    assert backend.status(RUN_ID)["reason"] is None
+    assert backend.status(RUN_ID)["reason"] == "not checked: no right to list events"
 
 
 def test_a_run_and_its_cluster_that_disagree_are_both_quoted(server: FakeApi, backend: KubernetesBackend) -> None:
@@ -204,6 +217,35 @@ def test_a_queued_run_is_not_stopped_without_a_right_to_its_workload(
         backend.cancel(RUN_ID, now=False)
 
 
+def test_a_queued_run_that_cannot_be_stopped_is_not_marked_as_stopped(
+    server: FakeApi, backend: KubernetesBackend
+) -> None:
+    put_run(server, queue="team")
+    server.put(KUEUE, "workloads", workload())
+    server.denied = {("patch", "workloads")}
+    with pytest.raises(Forbidden, match="no right to patch workloads"):
+        backend.cancel(RUN_ID, now=False)
+    assert "orchestrator/stopped" not in server.objects[BATCH, "default", "jobs", RUN_ID]["metadata"]["annotations"]
+
+
+def test_a_stopped_run_of_a_queue_is_not_said_to_go_on_without_a_right_to_its_workload(
+    server: FakeApi, backend: KubernetesBackend
+) -> None:
+    put_run(server, queue="team", suspend=True, orchestrator__stopped="2026-01-01T10:00:00+00:00")
+    server.put(KUEUE, "workloads", workload(active=False))
+    server.denied = {("list", "workloads")}
+    with pytest.raises(Forbidden, match="no right to list workloads"):
+        backend.resume(RUN_ID)
+
+
+def test_what_a_queue_says_is_told_or_that_it_may_not_be_read(server: FakeApi, backend: KubernetesBackend) -> None:
+    put_run(server, queue="team", suspend=True)
+    waits = "waits until queue team admits it"
+    assert backend.status(RUN_ID)["reason"] == waits
+    server.denied = {("list", "workloads")}
+    assert backend.status(RUN_ID)["reason"] == f"{waits}; not checked: no right to list workloads"
+
+
 def test_what_has_ended_is_neither_cancelled_nor_resumed_when_done(server: FakeApi, backend: KubernetesBackend) -> None:
     put_run(server, status={"conditions": [condition("Complete")]})
     with pytest.raises(UserError, match="has ended: done"):
@@ -223,6 +265,23 @@ def test_a_failed_run_is_resumed_from_its_own_objects(server: FakeApi, backend: 
     assert f"run-{RUN_ID}" in server.names("configmaps")
 
 
+@pytest.mark.parametrize(
+    ("verb", "resource"),
+    [("create", "jobs"), ("patch", "jobs"), ("create", "networkpolicies"), ("delete", "jobs")],
+)
+def test_a_failed_run_that_cannot_be_sent_again_is_still_there(
+    server: FakeApi, backend: KubernetesBackend, verb: str, resource: str
+) -> None:
+    old = put_run(server, status={"conditions": [condition("Failed", "BackoffLimitExceeded")]})
+    policy = {"metadata": {"name": RUN_ID, "labels": LABELS, "ownerReferences": [{"uid": old["metadata"]["uid"]}]}}
+    server.put("/apis/networking.k8s.io/v1", "networkpolicies", policy)
+    server.denied = {(verb, resource)}
+    with pytest.raises(Forbidden, match=f"no right to {verb} {resource}"):
+        backend.resume(RUN_ID)
+    assert server.objects[BATCH, "default", "jobs", RUN_ID] == old
+    assert f"run-{RUN_ID}" in server.names("configmaps")
+
+
 def test_a_living_run_is_not_removed(server: FakeApi, backend: KubernetesBackend) -> None:
     put_run(server)
     with pytest.raises(UserError, match=rf"is starting. Way out: orchestrator cancel {RUN_ID}"):
@@ -238,6 +297,14 @@ def test_code_is_removed_with_the_last_run_that_has_it(server: FakeApi, backend:
     assert server.names("configmaps") == ["code-0123456789ab", "run-b-2"]
     backend.remove("b-2")
     assert server.names("configmaps") == []
+
+
+def test_code_stays_where_runs_that_may_have_it_are_not_seen(server: FakeApi, backend: KubernetesBackend) -> None:
+    put_run(server, status={"conditions": [condition("Complete")]}, orchestrator__archive="0123456789abcdef")
+    server.put(CORE, "configmaps", {"metadata": {"name": "code-0123456789ab"}})
+    server.denied = {("list", "rayjobs")}
+    backend.remove(RUN_ID)
+    assert server.names("configmaps") == ["code-0123456789ab"]
 
 
 def test_every_rank_answers_where_it_is(server: FakeApi, backend: KubernetesBackend) -> None:
@@ -267,6 +334,17 @@ def test_ranks_that_do_not_answer_are_warned_of(
     server.put(CORE, "pods", pod(0))
     assert backend.stacks(RUN_ID) == {}
     assert "1 of 1 pods did not answer" in caplog.text
+
+
+@pytest.mark.parametrize("right", [("get", "pods"), ("get", "pods/log"), ("patch", "pods")])
+def test_a_right_that_lacks_to_hear_the_answers_is_an_error(
+    server: FakeApi, backend: KubernetesBackend, right: tuple[str, str]
+) -> None:
+    put_run(server)
+    server.put(CORE, "pods", pod(0))
+    server.denied = {right}
+    with pytest.raises(Forbidden, match=f"no right to {right[0]} {right[1]} in it"):
+        backend.stacks(RUN_ID)
 
 
 def test_logs_are_followed_until_the_run_ends(server: FakeApi, backend: KubernetesBackend) -> None:
