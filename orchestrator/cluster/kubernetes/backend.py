@@ -12,6 +12,7 @@ from typing import Any
 from orchestrator.cluster.backend import LogLine
 from orchestrator.cluster.kubernetes.api import Api, Object, connect
 from orchestrator.cluster.kubernetes.asking import ask_for_stacks
+from orchestrator.cluster.kubernetes.avoiding import avoid, is_warned, nodes_to_avoid
 from orchestrator.cluster.kubernetes.facts import facts_of, newest_progress, place_of
 from orchestrator.cluster.kubernetes.follow import Follower
 from orchestrator.cluster.kubernetes.lifecycle import collect_code, erase, objects_of, start_again, suspend
@@ -83,10 +84,14 @@ class KubernetesBackend:
         state = state_of(seen)
         if state.living or state.state == "done":
             raise UserError(f"run {run_id} is {state.state}. Way out: orchestrator status {run_id}")
-        if is_suspended(seen):
+        if is_suspended(seen) and is_warned(found.run, seen.pods):
             start_again(self._api, found)
             return None
         objects = objects_of(self._api, found)
+        unfit = nodes_to_avoid(objects, seen.pods)
+        if unfit:
+            avoid(objects, unfit)
+            logger.warning("run %s avoids %s, which a launcher found unfit", run_id, ", ".join(unfit))
         objects[-1]["spec"]["suspend"] = queue_of(found.run) is not None
         create(self._api, objects, found)
         return None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.cluster.job import JobSpec
 from orchestrator.options import Spread
 
-HOSTNAME = "kubernetes.io/hostname"
+NODE_NAME = "metadata.name"
+"""The field of a node that a pod's spec.nodeName repeats; the label of the host's name may differ from it."""
 LOST = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 """Taints of a node that does not answer."""
 SKEW = 1
@@ -38,13 +40,17 @@ def affinity(spec: JobSpec, labels: dict[str, str]) -> dict[str, Any]:
     """`labels` are those of the run's pods that train."""
     wanted: dict[str, Any] = {}
     if spec.avoid_nodes:
-        rule = {"key": HOSTNAME, "operator": "NotIn", "values": list(spec.avoid_nodes)}
-        terms = [{"matchExpressions": [rule]}]
-        wanted["nodeAffinity"] = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
+        wanted["nodeAffinity"] = away_from(spec.avoid_nodes)
     if spec.spread is Spread.pack:
         beside = {"labelSelector": {"matchLabels": labels}, "topologyKey": spec.topology}
         wanted["podAffinity"] = {"requiredDuringSchedulingIgnoredDuringExecution": [beside]}
     return wanted
+
+
+def away_from(names: Sequence[str]) -> dict[str, Any]:
+    """An affinity to all nodes but these; a rule about a field takes one value."""
+    rules = [{"key": NODE_NAME, "operator": "NotIn", "values": [name]} for name in names]
+    return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchFields": rules}]}}
 
 
 def spread(spec: JobSpec, labels: dict[str, str]) -> list[dict[str, Any]]:

@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 
 from orchestrator.cluster.job import JobSpec
 from orchestrator.cluster.kubernetes.api import Api, Object, Request
+from orchestrator.cluster.kubernetes.avoiding import is_warned, nodes_to_avoid
 from orchestrator.cluster.kubernetes.failures import Conflict, Refused
-from orchestrator.cluster.kubernetes.lifecycle import erase, start_again
-from orchestrator.cluster.kubernetes.pods import unfit_nodes
+from orchestrator.cluster.kubernetes.lifecycle import erase, objects_of, start_again
 from orchestrator.cluster.kubernetes.references import check_references
 from orchestrator.cluster.kubernetes.render import remarks, render
 from orchestrator.cluster.kubernetes.resources import (
@@ -70,7 +70,7 @@ def submit(api: Api, spec: JobSpec, archive: bytes | None = None) -> Submission:
         why = "it is there already" if outcome != "restarted" else why
     if outcome == "restarted":
         assert earlier is not None
-        unfit = unfit_nodes(pods_of(api, spec.run_id))
+        unfit = nodes_to_avoid(objects_of(api, earlier), pods_of(api, spec.run_id))
         if unfit:
             objects = render(replace(spec, avoid_nodes=tuple(unfit)), kind, archive)
             notes.append(f"avoids {', '.join(unfit)}, which a launcher found unfit")
@@ -116,7 +116,7 @@ def _meet(api: Api, objects: Sequence[Object], earlier: Found) -> str:
         _require_same(objects[-1], earlier)
     if state.living or state.state == "done":
         return "there"
-    if is_suspended(seen) and not _differences(objects[-1], earlier):
+    if is_suspended(seen) and is_warned(earlier.run, seen.pods) and not _differences(objects[-1], earlier):
         _furnish(api, objects[:-1], earlier.run, [])  # a submitter that was killed may have left it without
         start_again(api, earlier)
         return "resumed"
