@@ -31,15 +31,23 @@ def require_sendable(config: RunConfig, initial: str | None, archive: str | None
     cluster = config.cluster
     assert cluster.where is not Where.local, "what runs here is not sent"
     if cluster.where is Where.kubernetes:
-        _require_image(cluster)
+        require_pod(cluster)
         _require_names(config)
-        _require_mounts(cluster)
+    else:
+        _require_env(cluster)
     _require_processes(config)
     _require_code(cluster, archive)
     _require_places(config, initial)
     _require_references(config)
-    _require_no_secrets(config)
+    require_no_secrets(to_dict(config))
     _require_grace(cluster, pace_s)
+
+
+def require_pod(cluster: ClusterConfig) -> None:
+    """What any pod needs, whatever it runs."""
+    _require_image(cluster)
+    _require_mounts(cluster)
+    _require_env(cluster)
 
 
 def _require_image(cluster: ClusterConfig) -> None:
@@ -163,9 +171,9 @@ def _require_references(config: RunConfig) -> None:
         require(named == wanted, KEYS[purpose], reference, f"is {other}", f"give the {FORM}, as the cluster has it")
 
 
-def _require_no_secrets(config: RunConfig) -> None:
-    """Whoever may read the cluster's objects reads the config."""
-    for entry in config.cluster.env:
+def _require_env(cluster: ClusterConfig) -> None:
+    """Whoever may read the cluster's objects reads the variables."""
+    for entry in cluster.env:
         name, _, value = entry.partition("=")
         rule = "is set by the launcher"
         require(name not in SET_BY_US, "cluster.env", name, rule, "leave it out")
@@ -173,7 +181,6 @@ def _require_no_secrets(config: RunConfig) -> None:
         way_out = "tracking.secret or cluster.store_secret name a file or secret that holds it"
         shown = SECRET_NAME.fullmatch(name) is None or value.startswith("/")
         require(shown, "cluster.env", f"{name}=(hidden)", rule, way_out)
-    require_no_secrets(to_dict(config))
 
 
 def _require_grace(cluster: ClusterConfig, pace_s: float | None) -> None:
