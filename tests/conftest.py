@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+# Before torch is loaded: tests fork, and a child that inherits OpenMP's threads waits for ever for those it lacks.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import pytest
