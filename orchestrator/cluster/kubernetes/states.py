@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.cluster.kubernetes.pods import cause_of, end_of, index_of, is_active, is_running, obstacle_of
 from orchestrator.cluster.kubernetes.resources import STOPPED
+from orchestrator.cluster.lines import last_words
 from orchestrator.errors import EXIT_DONE, EXIT_STOPPED
 
 Object = dict[str, Any]
 QUEUE = "kueue.x-k8s.io/queue-name"
 EXIT_CODE = re.compile(r"exit code (\d+)")
 """In the message of a Job that its policy failed."""
+STOPPED_JOB = "STOPPED"
+"""Of Ray's Jobs API."""
+LONGEST_REASON = 300
+"""Of Ray's words, which end with pages of a log."""
 LIVING = ("queued", "starting", "running")
 
 
@@ -29,6 +34,8 @@ class Observed:
     """Kueue's, where there is one that may be read."""
     looked: bool = True
     """Whether pods were asked for."""
+    words: Mapping[str, Any] = field(default_factory=dict)
+    """The last ones of a driver on Ray, whose pod is gone with its cluster."""
     unread: tuple[str, ...] = ()
     """What there was no right to look at, in sentences."""
 
@@ -62,6 +69,8 @@ def state_of(seen: Observed) -> RunState:
     facts = {"attempt": attempt, "restarts": restarts_of(seen.run), "nodes": nodes}
     if state == "done":
         return RunState("done", EXIT_DONE, **facts)
+    if state == "failed" and seen.run["kind"] == "RayJob":
+        return _failed_on_ray(seen, said, facts)
     if state == "failed":
         return _failed(seen, said, facts)
     if is_suspended(seen):
@@ -76,7 +85,8 @@ def restarts_of(run: Object) -> int:
     status = run.get("status") or {}
     nodes = run.get("spec", {}).get("completions") or 1
     failures = -(-int(status.get("failed") or 0) // nodes)
-    return int(status.get("restarts") or 0) or max(failures - (_verdict(run)[0] == "failed"), 0)
+    last = _verdict(run)[0] == "failed" and status.get("jobStatus") != STOPPED_JOB
+    return int(status.get("restarts") or 0) or max(failures - last, 0)
 
 
 def is_suspended(seen: Observed) -> bool:
@@ -110,6 +120,8 @@ def _ray_verdict(status: Object) -> tuple[str | None, str | None]:
     deployment, job = status.get("jobDeploymentStatus"), status.get("jobStatus")
     if deployment == "Complete" and job == "SUCCEEDED":
         return "done", None
+    if deployment == "Complete" and job == STOPPED_JOB:
+        return "failed", None
     if deployment in ("Complete", "Failed", "ValidationFailed"):
         return "failed", ": ".join(filter(None, (status.get("reason"), status.get("message")))) or f"Ray says {job}"
     return None, None
@@ -125,6 +137,20 @@ def _failed(seen: Observed, said: str | None, facts: dict[str, Any]) -> RunState
         who = f"rank {end.rank}" if end.rank is not None else end.pod
         reason = f"{who} on {end.node}: {end.error}" if end.node else f"{who}: {end.error}"
     return RunState("stopped" if code == EXIT_STOPPED else "failed", code, reason, **facts)
+
+
+def _failed_on_ray(seen: Observed, said: str | None, facts: dict[str, Any]) -> RunState:
+    """By the driver's own words. It has Ray stop its job where no retry would help, so a stop alone says nothing."""
+    status = seen.run.get("status") or {}
+    words = last_words(status.get("message") or "") or seen.words
+    stopped = status.get("jobStatus") == STOPPED_JOB
+    found = EXIT_CODE.search(said or "")
+    code = words.get("exit_code", int(found[1]) if found else None)
+    reason = words.get("error") or (said or "")[:LONGEST_REASON] or None
+    if words.get("error") and words.get("rank") is not None:
+        reason = f"rank {words['rank']}: {reason}"
+    told = {**facts, "attempt": words.get("attempt") or facts["attempt"]}
+    return RunState("stopped" if code == EXIT_STOPPED or (stopped and code is None) else "failed", code, reason, **told)
 
 
 def _suspended(seen: Observed, active: Sequence[Object], facts: dict[str, Any]) -> RunState:
@@ -144,11 +170,16 @@ def is_queued(seen: Observed) -> bool:
 
 
 def _waits_for(seen: Observed) -> str:
-    conditions = ((seen.workload or {}).get("status") or {}).get("conditions") or []
-    told = [c for c in conditions if c["type"] in ("QuotaReserved", "Admitted", "Evicted") and c.get("message")]
-    held = [c for c in told if (c["status"] == "False") == (c["type"] != "Evicted")]
-    waits = f"waits until queue {queue_of(seen.run)} admits it"
-    return held[0]["message"] if held else "; ".join((waits, *seen.unread))
+    """Why the queue took the run's place, if it did, and what the run waits for now."""
+    conditions = {one["type"]: one for one in ((seen.workload or {}).get("status") or {}).get("conditions") or []}
+
+    def told(kind: str, status: str) -> str:
+        found = conditions.get(kind, {})
+        return str(found.get("message") or "") if found.get("status") == status else ""
+
+    waits = told("QuotaReserved", "False") or told("Admitted", "False")
+    said = dict.fromkeys(filter(None, (told("Evicted", "True"), waits)))
+    return "; ".join(said) or "; ".join((f"waits until queue {queue_of(seen.run)} admits it", *seen.unread))
 
 
 def _progress(seen: Observed, active: Sequence[Object]) -> str:

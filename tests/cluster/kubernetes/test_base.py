@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 K8S = Path(__file__).parents[3] / "k8s"
-RUN = "create delete get list patch watch"
+RUN = "create delete get list patch"
 SUBMITTER = {
     "batch/jobs": RUN,
     "jobset.x-k8s.io/jobsets": RUN,
@@ -24,10 +24,10 @@ SUBMITTER = {
     "trainer.kubeflow.org/trainingruntimes": "create delete get",
     "/pods": "delete get list patch watch",
     "/pods/log": "get",
-    "/events": "get list",
-    "/persistentvolumeclaims": "get",
+    "/events": "list",
+    "/persistentvolumeclaims": "get list",
     "kueue.x-k8s.io/localqueues": "get list",
-    "kueue.x-k8s.io/workloads": "get list patch watch",
+    "kueue.x-k8s.io/workloads": "list patch",
 }
 READER = {
     "/nodes": "get list",

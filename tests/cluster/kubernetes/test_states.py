@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from objects import Object, condition, ended, event, pod, run_object, workload
 
@@ -11,6 +13,8 @@ QUEUED = "couldn't assign flavors to pod set main: insufficient quota for nvidia
 POLICY = "Container node for pod default/x-0-abc failed with exit code 42 matching FailJob rule at index 0"
 FAILED = {"conditions": [condition("Failed", "PodFailurePolicy", POLICY)]}
 LIMIT = {"conditions": [condition("Failed", "BackoffLimitExceeded", "Job has reached the specified backoff limit")]}
+STOPPED_JOB = {"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED", "failed": 1}
+WORDS = {"schema": 1, "attempt": 3, "rank": None, "exit_code": 143, "error": "its node goes"}
 REASON = "PodFailurePolicy: " + POLICY
 
 
@@ -55,6 +59,34 @@ def job(**facts: Object) -> Object:
             ),
             RunState("failed", 43, "driver: exit code 43"),
         ),
+        # A driver whose end is final has its own job stopped: its words say what it was.
+        (
+            Observed(run_object("RayJob", status=STOPPED_JOB), words={"exit_code": 45, "error": None, "attempt": 2}),
+            RunState("stopped", 45, None, 2, restarts=1),
+        ),
+        (
+            Observed(
+                run_object("RayJob", status=STOPPED_JOB),
+                words={"exit_code": 42, "error": "data.train = x: no such set", "attempt": 1, "rank": 1},
+            ),
+            RunState("failed", 42, "rank 1: data.train = x: no such set", 1, restarts=1),
+        ),
+        (Observed(run_object("RayJob", status=STOPPED_JOB), looked=False), RunState("stopped", None, restarts=1)),
+        (
+            Observed(
+                run_object(
+                    "RayJob",
+                    status={
+                        "jobDeploymentStatus": "Failed",
+                        "jobStatus": "FAILED",
+                        "reason": "AppFailed",
+                        "failed": 1,
+                        "message": "failed with exit code 143, last available logs:\n" + json.dumps(WORDS),
+                    },
+                )
+            ),
+            RunState("failed", 143, "its node goes", 3),
+        ),
         (
             Observed(
                 run_object("RayJob", status={"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}), looked=False
@@ -82,6 +114,17 @@ def job(**facts: Object) -> Object:
                 workload=workload(True, condition("QuotaReserved", "Pending", QUEUED, "False")),
             ),
             RunState("queued", None, QUEUED),
+        ),
+        (
+            Observed(
+                run_object(suspend=True, queue="team"),
+                workload=workload(
+                    True,
+                    condition("QuotaReserved", "Pending", QUEUED, "False"),
+                    condition("Evicted", "Preempted", "Preempted to accommodate a workload"),
+                ),
+            ),
+            RunState("queued", None, f"Preempted to accommodate a workload; {QUEUED}"),
         ),
         (
             Observed(run_object(suspend=True, queue="team"), workload=workload(False)),
