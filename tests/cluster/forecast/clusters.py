@@ -42,18 +42,24 @@ def node(name: str, cpu: int = 32, memory_gib: int = 128, gpus: int = 0, **spec:
     status = {
         "allocatable": {**room, **({GPU: str(gpus)} if gpus else {})},
         "conditions": [{"type": "Ready", "status": spec.pop("ready", "True")}],
-        "images": [{"names": [IMAGE]}],
+        "images": spec.pop("images", [{"names": [IMAGE]}]),
     }
     labels |= spec.pop("labels", {})
     return {"metadata": {"name": name, "labels": labels}, "spec": {"taints": taints, **spec}, "status": status}
 
 
-def pod(name: str, where: str, phase: str = "Running", *, priority: int = 0, owner: str = "", **requests: str) -> Object:
+def pod(
+    name: str, where: str, phase: str = "Running", *, priority: int = 0, owner: str = "", **requests: str
+) -> Object:
     asked = {key.replace("gpu", GPU): value for key, value in requests.items()}
     meta: Object = {"name": name, "namespace": "other"}
     if owner:
         meta["ownerReferences"] = [{"kind": owner, "name": f"{name}-owner"}]
-    spec = {"nodeName": where, "priority": priority, "containers": [{"name": "c", "resources": {"requests": asked}}]}
+    spec = {
+        "nodeName": where,
+        "priority": priority,
+        "containers": [{"name": "c", "resources": {"requests": {"cpu": cpu}}}],
+    }
     return {"metadata": meta, "spec": spec, "status": {"phase": phase, "startTime": "2026-01-01T09:00:00Z"}}
 
 
@@ -67,7 +73,7 @@ def healthy() -> Snapshot:
     ]
     objects: dict[str, Sequence[Object]] = {
         "Node": [node("a"), node("b"), node("g1", gpus=8), node("g2", gpus=8)],
-        "Pod": [pod("dns", "a", owner="DaemonSet", cpu="1", memory="1Gi")],
+        "Pod": [pod("dns", "a", owner="DaemonSet", cpu="1")],
         "Namespace": [{"metadata": {"name": SPACE, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}}}],
         "PersistentVolumeClaim": claims,
         "Secret": [], "ConfigMap": [], "ServiceAccount": [], "ResourceQuota": [], "LimitRange": [], "LocalQueue": [],
@@ -108,7 +114,9 @@ def local_queue(name: str = "train", to: str = "team", **status: Any) -> Object:
     return {"metadata": {"name": name}, "spec": {"clusterQueue": to}, "status": status}
 
 
-def cluster_queue(name: str = "team", nominal: Object | None = None, taken: Object | None = None, **spec: Any) -> Object:
+def cluster_queue(
+    name: str = "team", nominal: Object | None = None, taken: Object | None = None, **spec: Any
+) -> Object:
     """One flavor; `nominal` and `taken` by resource; a quota may be an object with its limits."""
     quotas = {"ephemeral-storage": "1Ti", **(nominal or {"cpu": "64", "memory": "256Gi"})}
     resources = [

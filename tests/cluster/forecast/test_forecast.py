@@ -31,7 +31,7 @@ from orchestrator.cluster.snapshot import Snapshot
 from orchestrator.options import JobKind
 
 QUEUED = (*CPU_RUN, "cluster.queue=train")
-FULL = {"cpu": "30", "memory": "100Gi"}
+BORROWS_TWO = {"nominalQuota": "5", "borrowingLimit": "2"}
 Around = Callable[[], Snapshot]
 Case = tuple[tuple[str, ...], Around, str, Verdict, tuple[str, ...], str | None]
 FITS, WAITS, NEVER, UNCHECKED = Verdict.fits, Verdict.waits, Verdict.never, Verdict.unchecked
@@ -47,7 +47,7 @@ def kueue(*queues: Any, **more: Any) -> Around:
 CASES: dict[str, Case] = {
     "room on two free nodes": (CPU_RUN, healthy, "nodes", FITS, ("2 x (4 cpu",), None),
     "pods that ended hold nothing": (
-        CPU_RUN, but(Pod=[pod("old", one, "Succeeded", **FULL) for one in "ab"]), "nodes", FITS, (), None,
+        CPU_RUN, but(Pod=[pod("old", one, "Succeeded", cpu="30") for one in "ab"]), "nodes", FITS, (), None,
     ),
     "others hold the CPUs": (
         CPU_RUN, but(Node=[node("a", cpu=9)], Pod=[pod("x", "a", cpu="4")]), "nodes", WAITS,
@@ -188,12 +188,12 @@ CASES: dict[str, Case] = {
     ),
     "a queue that borrows in its cohort": (
         QUEUED,
-        kueue(cluster_queue(nominal={"cpu": "5", "memory": "256Gi"}, cohort="all"), cluster_queue("rich", cohort="all")),
+        kueue(cluster_queue(nominal={"cpu": "5", "memory": "256Gi"}, cohort="c"), cluster_queue("rich", cohort="c")),
         "queue", FITS, (), None,
     ),
     "a queue that may borrow too little": (
         QUEUED,
-        kueue(cluster_queue(nominal={"cpu": {"nominalQuota": "5", "borrowingLimit": "2"}, "memory": "256Gi"}, cohort="c"),
+        kueue(cluster_queue(nominal={"cpu": BORROWS_TWO, "memory": "256Gi"}, cohort="c"),
               cluster_queue("rich", cohort="c")),
         "queue", NEVER, ("8 cpu needed, 7 there",), "",
     ),
@@ -248,8 +248,9 @@ CASES: dict[str, Case] = {
                                     "status": {"phase": "Pending"}} for name in ("runs", "data")]),
         "presence", NEVER, ("no StorageClass fast (the cluster has shared)",), "another class",
     ),
-    "an image that no node has yet": (CPU_RUN, but(Node=[{**node("a"), "status": {**node("a")["status"], "images": []}}]),
-                                      "image", UNCHECKED, ("is on no node yet",), None),
+    "an image that no node has yet": (
+        CPU_RUN, but(Node=[node("a", images=[])]), "image", UNCHECKED, ("is on no node yet",), None,
+    ),
     "RDMA in a restricted namespace": (
         (*GPU_RUN, "cluster.rdma=rdma/hca"), healthy, "pod security", NEVER, ("adds IPC_LOCK",), "cluster.rdma=null",
     ),
