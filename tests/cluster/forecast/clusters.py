@@ -48,10 +48,7 @@ def node(name: str, cpu: int = 32, memory_gib: int = 128, gpus: int = 0, **spec:
     return {"metadata": {"name": name, "labels": labels}, "spec": {"taints": taints, **spec}, "status": status}
 
 
-def pod(
-    name: str, where: str, phase: str = "Running", *, priority: int = 0, owner: str = "", **requests: str
-) -> Object:
-    asked = {key.replace("gpu", GPU): value for key, value in requests.items()}
+def pod(name: str, where: str, phase: str = "Running", *, priority: int = 0, owner: str = "", cpu: str = "1") -> Object:
     meta: Object = {"name": name, "namespace": "other"}
     if owner:
         meta["ownerReferences"] = [{"kind": owner, "name": f"{name}-owner"}]
