@@ -41,7 +41,7 @@ def add_id(parser: Any, nargs: str | None = None) -> None:
 
 def choose_backend(args: argparse.Namespace) -> Backend:
     """The cluster that the overrides name; this machine where there are none. A path as ID names a folder of runs."""
-    config = _compose_cluster(args)
+    config = compose_cluster(args)
     if config is None or config.where is Where.local:
         from orchestrator.cli.runs import go_on
         from orchestrator.cluster.local_backend import LocalBackend
@@ -106,8 +106,8 @@ def _take_path(args: argparse.Namespace) -> None:
         args.runs_dir, args.run_id = Path(run_id).parent, Path(run_id).name
 
 
-def _compose_cluster(args: argparse.Namespace) -> ClusterConfig | None:
-    """None where nothing is typed: what happens here needs no config."""
+def compose_cluster(args: argparse.Namespace) -> ClusterConfig | None:
+    """What the overrides say of the cluster; None where nothing is typed: what happens here needs no config."""
     others = [text for text in args.overrides if not text.startswith(CLUSTER)]
     if others:
         key, _, value = others[0].partition("=")

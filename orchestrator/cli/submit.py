@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from orchestrator.bundle import Bundle
     from orchestrator.cluster.code import Archive
     from orchestrator.cluster.job import JobSpec
+    from orchestrator.cluster_config import ClusterConfig
     from orchestrator.config import RunConfig
     from orchestrator.train.preflight import Sets
 
@@ -32,10 +33,16 @@ LONG = 2000
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """What is sent."""
+    """What is sent, and where."""
 
     spec: JobSpec
     archive: Archive | None
+    cluster: ClusterConfig
+    runs_dir: str
+
+    @property
+    def run_id(self) -> str:
+        return self.spec.run_id
 
     @property
     def content(self) -> bytes | None:
@@ -53,17 +60,20 @@ class Parcel:
 def send(bundle: Bundle, args: argparse.Namespace) -> int:
     """Show, write or submit a run; with `--follow` its logs come here and its exit code is this command's."""
     _require_flags_that_fit(bundle.config, args)
-    parcel = _parcel(bundle)
+    return deliver(_parcel(bundle), args)
+
+
+def deliver(parcel: Parcel, args: argparse.Namespace) -> int:
+    """The same of any job."""
     if parcel.archive:
         note(f"code: {parcel.archive}")
         if parcel.archive.left_out:
             note(f"not sent: {', '.join(parcel.archive.left_out)}")
     if args.dry_run or args.manifest:
-        return _show(bundle, parcel, args)
-    facts = (_to_ray if bundle.config.cluster.where is Where.ray else _to_kubernetes)(bundle, parcel)
-    facts = {"run_id": bundle.run_id, **facts, **parcel.facts()}
-    _tell(facts, args)
-    return _follow(bundle, args) if args.follow else EXIT_DONE
+        return _show(parcel, args)
+    facts = (_to_ray if parcel.cluster.where is Where.ray else _to_kubernetes)(parcel)
+    _tell({"run_id": parcel.run_id, **facts, **parcel.facts()}, args)
+    return _follow(parcel, args) if args.follow else EXIT_DONE
 
 
 def _require_flags_that_fit(config: RunConfig, args: argparse.Namespace) -> None:
@@ -84,7 +94,8 @@ def _parcel(bundle: Bundle) -> Parcel:
     job_of(bundle, "" if cluster.code is CodeSource.archive else None)  # refuses before seconds go into data and code
     sets = _look_at_data(bundle.config)
     archive = archive_of(cluster.code_files) if cluster.code is CodeSource.archive else None
-    return Parcel(job_of(bundle, archive and archive.digest, sets and sets.facts()), archive)
+    spec = job_of(bundle, archive and archive.digest, sets and sets.facts())
+    return Parcel(spec, archive, cluster, bundle.config.runs_dir)
 
 
 def _look_at_data(config: RunConfig) -> Sets | None:
@@ -103,36 +114,35 @@ def _look_at_data(config: RunConfig) -> Sets | None:
     return sets
 
 
-def _show(bundle: Bundle, parcel: Parcel, args: argparse.Namespace) -> int:
-    if bundle.config.cluster.where is Where.ray:
-        return _show_ray(bundle, parcel, args)
+def _show(parcel: Parcel, args: argparse.Namespace) -> int:
+    if parcel.cluster.where is Where.ray:
+        return _show_ray(parcel, args)
     from orchestrator.cluster.kubernetes.render import render
     from orchestrator.cluster.kubernetes.templates import to_yaml
 
-    kind, why, where = _kind_of(bundle.config, parcel.spec)
+    kind, why, where = _kind_of(parcel.cluster, parcel.spec)
     objects = render(parcel.spec, kind, parcel.content)
-    note(f"{bundle.run_id}: {kind.name} ({why}), to {where}")
+    note(f"{parcel.run_id}: {kind.name} ({why}), to {where}")
     if args.manifest:
         args.manifest.write_text(to_yaml(objects))
         note(f"{len(objects)} objects in {args.manifest}, nothing was sent: kubectl create -f {args.manifest} does")
     elif args.json:
-        facts = {"run_id": bundle.run_id, "kind": kind.name, "where": where, "objects": objects}
+        facts = {"run_id": parcel.run_id, "kind": kind.name, "where": where, "objects": objects}
         print_json({**facts, **parcel.facts()})
     else:
         print(to_yaml(_spared(objects) if sys.stdout.isatty() else objects), end="")
     return EXIT_DONE
 
 
-def _kind_of(config: RunConfig, spec: JobSpec) -> tuple[Any, str, str]:
+def _kind_of(cluster: ClusterConfig, spec: JobSpec) -> tuple[Any, str, str]:
     """The kind, why it is that one, and where it would go; a cluster is asked for `auto` alone, and need not answer."""
     from orchestrator.cluster.kubernetes.api import connect
     from orchestrator.cluster.kubernetes.submit import choose_kind
     from orchestrator.options import JobKind
 
-    cluster = config.cluster
     named = f"context {cluster.context or '(current)'}, namespace {cluster.namespace or '(of the context)'}"
     if spec.kind is not JobKind.auto:
-        return spec.kind, "cluster.kind names it", named
+        return spec.kind, _why(spec, "cluster.kind names it"), named
     try:
         api = connect(cluster.context, cluster.namespace)
         kind, why = choose_kind(api, spec.kind)
@@ -146,17 +156,24 @@ def _kind_of(config: RunConfig, spec: JobSpec) -> tuple[Any, str, str]:
     return kind, why, f"{api.server}, context {api.context}, namespace {api.namespace}"
 
 
-def _show_ray(bundle: Bundle, parcel: Parcel, args: argparse.Namespace) -> int:
+def _why(spec: JobSpec, of_a_run: str) -> str:
+    """This kind was taken."""
+    from orchestrator.cluster.job import TRAINS
+
+    return of_a_run if spec.component == TRAINS else "one pod does it"
+
+
+def _show_ray(parcel: Parcel, args: argparse.Namespace) -> int:
     from orchestrator.cluster.ray.submit import submission_of
 
-    facts = {"where": bundle.config.cluster.address, "submission": submission_of(parcel.spec),
+    facts = {"where": parcel.cluster.address, "submission": submission_of(parcel.spec),
              "run.json": parcel.spec.bundle}  # fmt: skip
     if args.json:
-        print_json({"run_id": bundle.run_id, **facts, **parcel.facts()})
+        print_json({"run_id": parcel.run_id, **facts, **parcel.facts()})
         return EXIT_DONE
     from yaml import safe_dump
 
-    note(f"{bundle.run_id}: to Ray's Jobs API at {bundle.config.cluster.address}")
+    note(f"{parcel.run_id}: to Ray's Jobs API at {parcel.cluster.address}")
     shown = _spared(facts) if sys.stdout.isatty() else facts
     print(safe_dump(shown, sort_keys=False, allow_unicode=True, width=120), end="")
     return EXIT_DONE
@@ -172,24 +189,24 @@ def _spared(node: Any) -> Any:
     return f"({len(node):,} characters; they are printed where the output is no terminal)" if long else node
 
 
-def _to_kubernetes(bundle: Bundle, parcel: Parcel) -> dict[str, Any]:
+def _to_kubernetes(parcel: Parcel) -> dict[str, Any]:
     from orchestrator.cluster.kubernetes.api import connect
     from orchestrator.cluster.kubernetes.submit import submit
 
-    cluster = bundle.config.cluster
-    api = connect(cluster.context, cluster.namespace)
+    api = connect(parcel.cluster.context, parcel.cluster.namespace)
     sent = submit(api, parcel.spec, parcel.content)
     for said in sent.notes:
         note(said)
     where = f"{api.server}, context {api.context}, namespace {api.namespace}"
-    return {"outcome": sent.outcome, "kind": sent.kind, "why": sent.why, "where": where, "state": sent.state.state}
+    why = _why(parcel.spec, sent.why)
+    return {"outcome": sent.outcome, "kind": sent.kind, "why": why, "where": where, "state": sent.state.state}
 
 
-def _to_ray(bundle: Bundle, parcel: Parcel) -> dict[str, Any]:
+def _to_ray(parcel: Parcel) -> dict[str, Any]:
     from orchestrator.cluster.ray.api import connect
     from orchestrator.cluster.ray.submit import submit
 
-    dashboard = connect(bundle.config.cluster)
+    dashboard = connect(parcel.cluster)
     sent = submit(dashboard, parcel.spec, parcel.content)
     outcome = "submitted" if sent.is_new else "there"
     return {"outcome": outcome, "kind": "job", "job": sent.submission_id, "where": dashboard.address}
@@ -221,9 +238,9 @@ def _tell(facts: dict[str, Any], args: argparse.Namespace) -> None:
     print("\n".join(f"{name:<11} {text}" for name, text in rows), flush=True)
 
 
-def _follow(bundle: Bundle, args: argparse.Namespace) -> int:
+def _follow(parcel: Parcel, args: argparse.Namespace) -> int:
     """The run's lines until it ends; the exit code is the run's."""
-    backend, run_id = backend_of(bundle.config.cluster, Path(bundle.config.runs_dir)), bundle.run_id
+    backend, run_id = backend_of(parcel.cluster, Path(parcel.runs_dir)), parcel.run_id
     try:
         print_lines(backend.logs(run_id, True, None), args.json)
         until = time.monotonic() + END_S

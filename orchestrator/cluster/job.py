@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestrator.bundle import Bundle, content_of
 from orchestrator.cluster.job_rules import require_sendable
+from orchestrator.cluster_config import ClusterConfig
 from orchestrator.config import RunConfig, process_range
 from orchestrator.options import Device, JobKind, Spread, Where
 from orchestrator.secrets import parse_reference, path_of
@@ -21,6 +22,8 @@ MASTER_PORT = 29500
 """On the first node, where nothing else listens: the launchers of all nodes meet here."""
 NODE, DRIVER = "jobs.node", "jobs.ray_driver"
 """What a cluster starts: the launcher of each node, or one driver for all that Ray places."""
+TRAINS, PACKS = "node", "shards"
+"""What pods do, as their label says it."""
 GIB = 1 << 30
 LEAST_SHM = 64 << 20
 SPARE_BATCHES = 2
@@ -106,6 +109,8 @@ class JobSpec:
     ttl_s: float
     avoid_nodes: tuple[str, ...] = ()
     """Names of nodes that a rank reported unfit (44)."""
+    component: str = TRAINS
+    """What the pods do."""
 
 
 def job_of(
@@ -124,9 +129,7 @@ def job_of(
     return JobSpec(
         run_id=bundle.run_id,
         bundle=content_of(bundle, data or {}),
-        image=cluster.image,
-        pull_secrets=tuple(cluster.pull_secrets),
-        python=cluster.python,
+        kind=cluster.kind,
         command=command_of(cluster.python, program),
         code_digest=bundle.code_digest,
         archive_digest=archive_digest,
@@ -135,17 +138,25 @@ def job_of(
         resources=_resources(config, processes // nodes),
         env=_env(config),
         secrets=_secrets(config),
-        volumes=tuple(Volume(one.claim, one.path, one.read_only) for one in cluster.volumes),
-        node_selector=dict(entry.split("=", 1) for entry in cluster.node_selector),
-        tolerations=(*cluster.tolerations, *cluster.spot),
-        **{field: getattr(cluster, field) for field in AS_CONFIGURED},
+        **pods_of(cluster),
     )
 
 
 AS_CONFIGURED = (
-    "kind", "queue", "priority", "service_account", "spread", "topology", "user_id", "max_restarts", "grace_s",
-    "lost_node_s", "start_deadline_s", "deadline_s", "ttl_s",
+    "queue", "priority", "service_account", "spread", "topology", "user_id", "max_restarts", "grace_s",
+    "lost_node_s", "start_deadline_s", "deadline_s", "ttl_s", "image", "python",
 )  # fmt: skip
+
+
+def pods_of(cluster: ClusterConfig) -> dict[str, Any]:
+    """What any job takes from the config as it stands there."""
+    return {
+        "pull_secrets": tuple(cluster.pull_secrets),
+        "volumes": tuple(Volume(one.claim, one.path, one.read_only) for one in cluster.volumes),
+        "node_selector": dict(entry.split("=", 1) for entry in cluster.node_selector),
+        "tolerations": (*cluster.tolerations, *cluster.spot),
+        **{field: getattr(cluster, field) for field in AS_CONFIGURED},
+    }
 
 
 def command_of(python: str, program: str) -> tuple[str, ...]:

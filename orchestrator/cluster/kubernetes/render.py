@@ -7,9 +7,10 @@ import json
 from math import ceil
 from typing import Any
 
-from orchestrator.cluster.job import JobSpec
+from orchestrator.cluster.job import PACKS, JobSpec
 from orchestrator.cluster.kubernetes import pod, rayjob, retries
 from orchestrator.cluster.kubernetes.mounts import code_name, run_name
+from orchestrator.cluster.kubernetes.packing import packer
 from orchestrator.cluster.kubernetes.states import QUEUE
 from orchestrator.cluster.kubernetes.templates import template
 from orchestrator.errors import ConfigError
@@ -30,6 +31,8 @@ def render(spec: JobSpec, kind: JobKind, archive: bytes | None = None) -> list[O
     makers = {JobKind.job: _job, JobKind.jobset: _jobset, JobKind.trainjob: _trainjob, JobKind.rayjob: _rayjob}
     assert kind in makers, "auto has been resolved"
     code = [code_config_map(spec, archive)] if archive is not None else []
+    if spec.component == PACKS:
+        return [*code, run_config_map(spec), _packing(spec)]
     return [*code, run_config_map(spec), _network_policy(spec, kind), *makers[kind](spec)]
 
 
@@ -77,17 +80,27 @@ def _job(spec: JobSpec) -> list[Object]:
     """A headless service names the pods: RUN-0.RUN is the first."""
     labels = pod.labels(spec)
     service = template("service", name=spec.run_id, labels=labels, selector=pod.trained(spec))
-    job = template(
+    node = pod.node(spec, f"{spec.run_id}-0.{spec.run_id}", subdomain=spec.run_id)
+    return [service, _indexed(spec, _head(spec, queued=spec.queue is not None), node)]
+
+
+def _packing(spec: JobSpec) -> Object:
+    """Nothing meets there and nothing listens, so the Job has neither service nor policy."""
+    head = _head(spec, queued=spec.queue is not None)
+    return _indexed(spec, {**head, "labels": {**head["labels"], pod.COMPONENT: PACKS}}, packer(spec))
+
+
+def _indexed(spec: JobSpec, head: dict[str, Any], node: dict[str, Any]) -> Object:
+    return template(
         "job",
-        **_head(spec, queued=spec.queue is not None),
+        **head,
         num_nodes=spec.num_nodes,
         backoff_limit=retries.backoff_limit(spec),
         pod_rules=retries.job_rules(),
         deadline_s=seconds(spec.deadline_s),
         ttl_s=seconds(spec.ttl_s),
-        pod=pod.node(spec, f"{spec.run_id}-0.{spec.run_id}", subdomain=spec.run_id),
+        pod=node,
     )
-    return [service, job]
 
 
 def _jobset(spec: JobSpec) -> list[Object]:
