@@ -52,7 +52,7 @@ def _never(groups: Sequence[Group], nodes: Sequence[Node], ever: Mapping[str, Se
         said += f": {short_of.narrow}"
     if short_of.because:
         said += f"; of {len(nodes)} nodes {_reasons(short_of.because)}"
-    change = next((one for one in changes(groups, nodes) if _fits_ever(one.groups, nodes)), None)
+    change = next((one for one in changes(groups, nodes, ever) if _fits_ever(one.groups, nodes)), None)
     way_out = change.said if change else "another cluster, or ask for smaller pods"
     return Finding(LAYER, Verdict.never, said, way_out)
 
@@ -80,7 +80,7 @@ def _without_lower(groups: Sequence[Group], around: Surroundings, nodes: Sequenc
     rooms, ended = {}, Counter[str]()
     for node in nodes:
         stay = [pod for pod in node.tenants if _priority(pod["spec"], around) >= own]
-        ended.update(_owner(pod) for pod in node.tenants if pod not in stay)
+        ended.update(_owner(pod) for pod in node.tenants if _priority(pod["spec"], around) < own)
         taken = total(requests_of(pod["spec"]) for pod in stay)
         rooms[node.name] = {key: value - taken.get(key, 0) for key, value in node.room.items()}
     well = [node for node in nodes if not node.ill]
@@ -127,15 +127,15 @@ def _owner(pod: Object) -> str:
     return f"run {run}" if run else f"{meta.get('namespace', '')}/{owners[0]['name']}"
 
 
-def changes(groups: Sequence[Group], nodes: Sequence[Node]) -> Iterator[Change]:
-    """What could be asked for instead, the smallest change first."""
+def changes(groups: Sequence[Group], nodes: Sequence[Node], ever: Mapping[str, Seats]) -> Iterator[Change]:
+    """What could be asked for instead, the smallest change first; `ever`: what the groups find as they are."""
     yield from _tolerating(groups, nodes)
     yield from _unselected(groups)
     yield from _unplaced(groups)
     yield from _smaller(groups, nodes, "cpu", "cluster.cpus_per_process")
     yield from _smaller(groups, nodes, "memory", "cluster.memory_gib_per_process")
     yield from _thinner(groups)
-    yield from _fewer(groups)
+    yield from _fewer(groups, ever)
 
 
 def _tolerating(groups: Sequence[Group], nodes: Sequence[Node]) -> Iterator[Change]:
@@ -192,9 +192,11 @@ def _thinner(groups: Sequence[Group]) -> Iterator[Change]:
         )
 
 
-def _fewer(groups: Sequence[Group]) -> Iterator[Change]:
+def _fewer(groups: Sequence[Group], ever: Mapping[str, Seats]) -> Iterator[Change]:
+    """As many pods as there is room for."""
     group = max(groups, key=lambda one: one.count)
-    for count in range(group.count - 1, 0, -1):
+    count = ever[group.role].found
+    if 0 < count < group.count:
         few = replace(group, count=count)
         yield Change(
             f"compute.num_nodes={count} with {count}/{group.count} of the processes",
