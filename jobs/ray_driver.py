@@ -4,7 +4,7 @@ python -m jobs.ray_driver run.json        # what `orchestrator train cluster=ray
 ray job submit --working-dir FOLDER -- python -m jobs.ray_driver run.json       # the same by hand
 
 The driver has a worker of Ray Train start this program again for each rank, with `--rank` and its facts; with
-`--errand` it is a small job beside a run.
+`--errand` it is a small job beside a run, with `--leave` the hook of a pod that is told to go.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import IO
 
 from orchestrator.lineage import die_with_parent
 
-RANK, ERRAND = "--rank", "--errand"
+RANK, ERRAND, LEAVE = "--rank", "--errand", "--leave"
 
 
 def rank(run: str, attempt: int, began: float) -> int:
@@ -47,6 +47,11 @@ def main(arguments: list[str]) -> int:
         from orchestrator.cluster.ray.errand import run_errand
 
         return run_errand(arguments[1], Path(arguments[2]))
+    if len(arguments) == 2 and arguments[0] == LEAVE:
+        from orchestrator.cluster.ray.leave import leave
+
+        leave(arguments[1])
+        return 0
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print("error: give one run.json. Way out: `orchestrator train cluster=ray ...` makes one", file=sys.stderr)
         return 42

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 PART = 4000
 """Characters of a line, at most 4 bytes each."""
+LAST_WORDS = '{"schema"'
 Kind = Literal["log", "progress", "stack", "stack end"]
 SAID = re.compile(
     r"\[a(?P<attempt>\d+) (?P<who>[rn])(?P<place>\d+) "
@@ -145,3 +146,17 @@ def stack_lines(ask: str, attempt: int, rank: int, frames: Sequence[str]) -> str
 def stack_end(ask: str, attempt: int, node: int, ranks: Iterable[int]) -> str:
     """What a node says last of its answer."""
     return f"[a{attempt} n{node} {ask} end] {' '.join(map(str, ranks))}\n"
+
+
+def last_words(text: str) -> dict[str, Any]:
+    """What the driver on Ray printed last, from a log or the message that Ray makes of its end; empty where it did not.
+
+    Such a line stands without a prefix: exit_code, error, rank, attempt and step as JSON.
+    """
+    for line in reversed(text.splitlines()):
+        if line.startswith(LAST_WORDS):
+            try:
+                return json.loads(line)
+            except ValueError:
+                return {}
+    return {}

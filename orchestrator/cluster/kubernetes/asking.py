@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 
 from orchestrator.cluster.kubernetes.api import Api, Object
 from orchestrator.cluster.kubernetes.logs import PodLog
+from orchestrator.cluster.kubernetes.pods import ray_type
 from orchestrator.cluster.kubernetes.resources import ASK, POD
 from orchestrator.cluster.lines import Said, parse
 
@@ -23,7 +24,13 @@ EARLIER_S = 2.0
 
 
 def ask_for_stacks(api: Api, pods: Sequence[Object]) -> dict[int, str]:
-    """The stack of each rank in these pods; who did not answer is warned of."""
+    """The stack of each rank in these pods; who did not answer is warned of.
+
+    A driver on Ray is asked for all ranks: it reads the annotation of the head, and answers in the log of the pod that
+    follows it.
+    """
+    asked = [pod for pod in pods if ray_type(pod) == "head"] or pods
+    pods = [pod for pod in pods if ray_type(pod) is None]
     ask = f"stack-{time.time_ns() // 10**6}"
     since = (datetime.now(UTC) - timedelta(seconds=EARLIER_S)).isoformat(timespec="seconds").replace("+00:00", "Z")
     logs = [PodLog(api, pod, since) for pod in pods]
@@ -32,7 +39,7 @@ def ask_for_stacks(api: Api, pods: Sequence[Object]) -> dict[int, str]:
     for thread in threads:
         thread.start()
     try:
-        for pod in pods:
+        for pod in asked:
             api.patch(POD, pod["metadata"]["name"], {"metadata": {"annotations": {ASK: ask}}})
         return _collect(answers, len(pods))
     finally:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from orchestrator.cluster.kubernetes.api import Api, Object
-from orchestrator.cluster.kubernetes.pods import container_of, has_started, index_of
-from orchestrator.cluster.kubernetes.resources import POD, run_of
-from orchestrator.cluster.kubernetes.runs import Found
+from orchestrator.cluster.kubernetes.pods import index_of, speaks
+from orchestrator.cluster.kubernetes.resources import run_of
+from orchestrator.cluster.kubernetes.runs import Found, tail_of
 from orchestrator.cluster.kubernetes.states import Observed, RunState
 from orchestrator.cluster.lines import parse
 
@@ -52,11 +52,11 @@ def _reason(state: RunState, progress: Mapping[str, Any]) -> str | None:
 
 
 def newest_progress(api: Api, pods: Sequence[Object]) -> dict[str, Any]:
-    """Of the newest pod of the first node that told any; empty where none has."""
-    first = [pod for pod in pods if index_of(pod) == 0 and has_started(pod)]
+    """Of the newest pod that speaks for the run and told any; empty where none has."""
+    first = filter(speaks, pods)
     for pod in sorted(first, key=lambda pod: pod["metadata"]["creationTimestamp"], reverse=True):
         for lines in TAILS:
-            found = last_progress(_tail(api, pod, lines))
+            found = last_progress(tail_of(api, pod, lines))
             if found:
                 return found
     return {}
@@ -70,12 +70,6 @@ def last_progress(lines: Iterable[str]) -> dict[str, Any]:
         if said is not None and said.kind == "progress":
             found = said.facts
     return found
-
-
-def _tail(api: Api, pod: Object, lines: int) -> list[str]:
-    path = POD.path(api.namespace, pod["metadata"]["name"], "log")
-    query = {"container": container_of(pod), "tailLines": str(lines)}
-    return [line.decode(errors="replace") for line in api.stream(path, query, 30.0)]
 
 
 def place_of(api: Api, found: Found, seen: Observed) -> list[str]:

@@ -32,6 +32,8 @@ class Part:
     env: tuple[dict[str, Any], ...]
     resources: Resources
     subdomain: str | None = None
+    pre_stop: tuple[str, ...] = ()
+    """What runs in the container when it is told to go, before any signal."""
 
 
 def node(spec: JobSpec, master: str, subdomain: str | None) -> dict[str, Any]:
@@ -69,6 +71,7 @@ def pod(spec: JobSpec, part: Part) -> dict[str, Any]:
         home=HOME,
         env=[*part.env, *_env(spec)],
         resources=requirements(part.resources),
+        pre_stop=list(part.pre_stop),
         termination_log=TERMINATION_LOG,
         container_security=security,
         mounts=mounts,

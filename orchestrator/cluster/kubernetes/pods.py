@@ -11,6 +11,8 @@ from orchestrator.errors import EXIT_NODE, EXIT_TERMINATED, EXIT_TRANSIENT
 
 Object = dict[str, Any]
 INDEX = "batch.kubernetes.io/job-completion-index"
+RAY_TYPE = "ray.io/node-type"
+"""Label that KubeRay puts on the pods of a cluster."""
 KILLED = 137
 STUCK = (
     "ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError",
@@ -51,6 +53,16 @@ def is_running(pod: Object) -> bool:
 def has_started(pod: Object) -> bool:
     """Whether its container has a log."""
     return any({"running", "terminated"} & set(one.get("state", {})) for one in statuses(pod))
+
+
+def ray_type(pod: Object) -> str | None:
+    """`head` or `worker` of a Ray cluster; None for any other pod, that which follows the driver's log too."""
+    return pod["metadata"].get("labels", {}).get(RAY_TYPE)
+
+
+def speaks(pod: Object) -> bool:
+    """Whether its log tells where the run stands: the first node's, or that of the driver on Ray."""
+    return index_of(pod) == 0 and ray_type(pod) is None and has_started(pod)
 
 
 def container_of(pod: Object) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from orchestrator.cluster.kubernetes.api import Api, Object
 from orchestrator.cluster.kubernetes.failures import Forbidden, NotServed
-from orchestrator.cluster.kubernetes.pods import is_running
+from orchestrator.cluster.kubernetes.pods import container_of, is_running, speaks
 from orchestrator.cluster.kubernetes.resources import (
     CONFIG_MAP,
     EVENT,
@@ -26,9 +26,12 @@ from orchestrator.cluster.kubernetes.resources import (
     run_of,
 )  # fmt: skip
 from orchestrator.cluster.kubernetes.states import Observed, has_ended, queue_of
+from orchestrator.cluster.lines import last_words
 from orchestrator.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
+WORDS = 100
+"""Lines at the end of a log among which a driver's last words are."""
 T = TypeVar("T")
 
 
@@ -108,7 +111,23 @@ def observe(api: Api, found: Found) -> Observed:
     unread: list[str] = []
     events = [] if all_run or has_ended(found.run) else _unless(unread, lambda: _events_of(api, names)) or []
     workload = _unless(unread, lambda: find_workload(api, found))
-    return Observed(found.run, pods, events, workload, unread=tuple(unread))
+    words = _words_of(api, found, pods)
+    return Observed(found.run, pods, events, workload, unread=tuple(unread), words=words)
+
+
+def _words_of(api: Api, found: Found, pods: Sequence[Object]) -> dict[str, Any]:
+    """The last ones of a driver on Ray, from the log of the pod that has followed it."""
+    if found.run["kind"] != "RayJob" or not has_ended(found.run):
+        return {}
+    speaking = sorted(filter(speaks, pods), key=lambda pod: pod["metadata"]["creationTimestamp"])
+    return last_words("\n".join(tail_of(api, speaking[-1], WORDS))) if speaking else {}
+
+
+def tail_of(api: Api, pod: Object, lines: int) -> list[str]:
+    """The last lines of the log of a pod that has started."""
+    path = POD.path(api.namespace, pod["metadata"]["name"], "log")
+    query = {"container": container_of(pod), "tailLines": str(lines)}
+    return [line.decode(errors="replace") for line in api.stream(path, query, 30.0)]
 
 
 def pods_of(api: Api, run_id: str) -> list[Object]:

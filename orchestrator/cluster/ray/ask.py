@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from orchestrator.cluster.stacks import SETTLED_S
+from orchestrator.cluster.asked import STACK
+from orchestrator.cluster.lines import stack_end, stack_lines
+from orchestrator.cluster.speaker import Speaker
+from orchestrator.cluster.stacks import SETTLED_S, main_thread
 from orchestrator.train.stacks import STACKS_SIGNAL
 
 ANSWER_S = 10.0
@@ -58,6 +62,32 @@ def ask_stacks(folder: Path, attempt: int, timeout_s: float = ANSWER_S) -> dict[
                 told[rank] = text
     time.sleep(SETTLED_S)
     return {rank: _grown(path, sizes[rank]) for rank, path in paths.items() if rank in told}
+
+
+def answer(folder: Path, attempt: int, ask: str) -> str:
+    """The lines that answer the request `ask`."""
+    told = ask_stacks(folder, attempt)
+    stacks = [stack_lines(ask, attempt, rank, main_thread(text)) for rank, text in sorted(told.items())]
+    return "".join([*stacks, stack_end(ask, attempt, 0, sorted(told))])
+
+
+class PodAsked:
+    """The driver's side where it runs in a pod: a file that the cluster shows there asks, the driver's log answers."""
+
+    def __init__(self, path: Path, speaker: Speaker):
+        self._path, self._speaker = path, speaker
+        self._answered: set[str] = set()
+
+    def look(self, folder: Path, attempt: int) -> None:
+        """Answer what is new in a thread, since ranks may take seconds."""
+        with suppress(OSError, UnicodeDecodeError):
+            for ask in STACK.findall(self._path.read_text()):
+                if ask not in self._answered:
+                    self._answered.add(ask)
+                    threading.Thread(target=self._tell, args=(folder, attempt, ask), daemon=True).start()
+
+    def _tell(self, folder: Path, attempt: int, ask: str) -> None:
+        self._speaker.put(answer(folder, attempt, ask))
 
 
 def _grown(path: Path, start: int) -> str:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,15 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from orchestrator.bundle import Bundle, load_bundle
 from orchestrator.cluster.cause import Ended, first_cause, left_errors
+from orchestrator.cluster.environment import ASK_FILE
 from orchestrator.cluster.job import num_processes
 from orchestrator.cluster.journal import Journal
 from orchestrator.cluster.local import next_attempt
 from orchestrator.cluster.lock import only_writer
+from orchestrator.cluster.ray import kuberay
+from orchestrator.cluster.ray.ask import PodAsked
 from orchestrator.cluster.ray.errand import now_file
-from orchestrator.cluster.ray.meeting import SUBMISSION_VARIABLE, restart_file, write_driver
+from orchestrator.cluster.ray.meeting import SUBMISSION_VARIABLE, restart_file, stopping_file, write_driver
 from orchestrator.cluster.ray.scaling import scaling_of, told_wants
 from orchestrator.cluster.ray.verdict import Judge, RunEnded
 from orchestrator.cluster.ray.voice import Voice
@@ -37,8 +41,18 @@ from orchestrator.cluster.ray.worker import OwnGroupConfig, RankEnded, run_rank
 from orchestrator.cluster.record import conclude, is_finished, warning_of_other_code
 from orchestrator.cluster.speaker import Speaker
 from orchestrator.cluster.stops import StopSignals
-from orchestrator.errors import EXIT_DONE, EXIT_STOPPED, EXIT_TRANSIENT, OrchestratorError
+from orchestrator.errors import (
+    EXIT_DONE,
+    EXIT_NO_PROGRESS,
+    EXIT_STOPPED,
+    EXIT_TERMINATED,
+    EXIT_TRANSIENT,
+    EXIT_USER,
+    OrchestratorError,
+)
 
+NEVER = (EXIT_USER, EXIT_NO_PROGRESS, EXIT_STOPPED)
+"""Ends after which no new cluster would change anything."""
 NAP_S = 0.2
 NOTICE_S = 10.0
 """How long nothing may start before the log says what is waited for."""
@@ -92,6 +106,8 @@ class Training:
     command: Sequence[str]
     token: str
     ended: Ended | None = None
+    judged: bool = False
+    """Whether it ended by our table and not by an accident of Ray's."""
     thread: threading.Thread = field(init=False)
 
     def start(self) -> None:
@@ -103,14 +119,13 @@ class Training:
             code = trainer_of(self.bundle, self.run, self.command, self.token).fit().return_value
             self.ended = Ended(EXIT_DONE if code is None else code)
         except Exception as error:
-            self.ended = _ended_by(error)
+            cause = getattr(error, "controller_failure", error)
+            self.judged = isinstance(cause, RunEnded)
+            self.ended = _ended_by(cause, str(error))
 
 
-def _ended_by(error: Exception) -> Ended:
-    cause = getattr(error, "controller_failure", error)
-    if isinstance(cause, RunEnded):
-        return cause.ended
-    return Ended(1, None, f"Ray Train: {_said(cause)}", traceback=str(error))
+def _ended_by(cause: Exception, trace: str) -> Ended:
+    return cause.ended if isinstance(cause, RunEnded) else Ended(1, None, f"Ray Train: {_said(cause)}", trace)
 
 
 def trainer_of(bundle: Bundle, run: str, command: Sequence[str], token: str) -> DataParallelTrainer:
@@ -137,17 +152,21 @@ def drive(run: str, command: Sequence[str]) -> int:
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     bundle = load_bundle(Path(run).absolute())
-    ray.init(log_to_driver=False, logging_level=logging.WARNING)
-    stop, voice = StopSignals(), Voice(Speaker(sys.stdout.buffer, 0), bundle.folder, num_processes(bundle.config))
+    context = ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    voice = Voice(Speaker(sys.stdout.buffer, 0), bundle.folder, num_processes(bundle.config))
+    job = Drive(bundle, StopSignals(), voice, began)
     try:
-        with stop.listening(), only_writer(bundle.folder):
-            if is_finished(bundle.folder):
-                voice.speaker.say(f"run {bundle.run_id} is already finished; another seed or name starts a new one")
-                return voice.end(bundle, Ended(EXIT_DONE))
-            ended = _train(Drive(bundle, stop, voice, began), run, command)
+        with job.stop.listening(), only_writer(bundle.folder):
+            ended = _finished(job) if is_finished(bundle.folder) else _train(job, run, command)
     except OrchestratorError as error:
-        return voice.end(bundle, Ended(error.exit_code, None, str(error)))
-    return voice.end(bundle, ended)
+        ended = Ended(error.exit_code, None, str(error))
+    code = voice.end(bundle, ended)
+    if kuberay.starts_again() and (job.judged or code in NEVER):
+        try:
+            kuberay.stop_own_job(str(context.dashboard_url))
+        except OrchestratorError as error:
+            voice.speaker.say(f"warning: KubeRay will start this run again in vain: {error}")
+    return code
 
 
 @dataclass(slots=True)
@@ -161,10 +180,23 @@ class Drive:
     asked: float = 0.0
     """time.monotonic() at which the ranks were asked to save."""
     noticed: bool = False
+    judged: bool = False
+    """Whether our table of exit codes ended it."""
 
     @property
     def stop_file(self) -> Path:
         return self.bundle.folder / "stop"
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether the pod of the driver is told to go (`leave`): the run has to go on elsewhere."""
+        return self.stop.received is signal.SIGHUP
+
+
+def _finished(drive: Drive) -> Ended:
+    run_id = drive.bundle.run_id
+    drive.voice.speaker.say(f"run {run_id} is already finished; another seed or name starts a new one")
+    return Ended(EXIT_DONE)
 
 
 def _train(drive: Drive, run: str, command: Sequence[str]) -> Ended:
@@ -176,9 +208,12 @@ def _train(drive: Drive, run: str, command: Sequence[str]) -> Ended:
     training = Training(bundle, run, command, token)
     training.start()
     ended = _follow(drive, training)
+    drive.judged = training.judged
     _forget_orders(drive)
     if ended.exit_code == EXIT_STOPPED:
         ended = _unless_not_saved(bundle.folder, ended)
+    if ended.exit_code == EXIT_STOPPED and drive.is_leaving:
+        ended, drive.judged = replace(ended, exit_code=EXIT_TERMINATED), False
     Journal(bundle.folder).write("end", next_attempt(bundle.folder) - 1, exit_code=ended.exit_code)
     if warning := conclude(bundle, ended):
         drive.voice.speaker.say(warning)
@@ -188,16 +223,18 @@ def _train(drive: Drive, run: str, command: Sequence[str]) -> Ended:
 def _forget_orders(drive: Drive) -> None:
     """What was ordered of an earlier job. A stop file with a number is the user's, for the run's next steps."""
     folder = drive.bundle.folder
-    for left in (restart_file(folder), now_file(folder)):
+    for left in (restart_file(folder), now_file(folder), stopping_file(folder)):
         left.unlink(missing_ok=True)
     if drive.stop_file.exists() and not drive.stop_file.read_text().strip():
         drive.stop_file.unlink()
 
 
 def _follow(drive: Drive, training: Training) -> Ended:
+    asked = PodAsked(Path(ASK_FILE), drive.voice.speaker)
     while training.thread.is_alive():
         training.thread.join(NAP_S)
         started = drive.voice.look()
+        asked.look(drive.bundle.folder, drive.voice.attempt)
         ended = _obey(drive, started) or (None if started else _wait(drive))
         if ended:
             return ended
@@ -216,6 +253,7 @@ def _obey(drive: Drive, started: bool) -> Ended | None:
         return Ended(EXIT_STOPPED)
     if not drive.asked:
         drive.asked = now
+        stopping_file(drive.bundle.folder).touch()
         drive.stop_file.touch()
         drive.voice.speaker.say(f"asked to stop; saves first, for {cluster.grace_s:g} s at most (cluster.grace_s)")
     if now - drive.asked > cluster.grace_s:

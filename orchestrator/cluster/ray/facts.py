@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cluster.lines import parse
+from orchestrator.cluster.lines import last_words, parse
 from orchestrator.cluster.ray.submit import BUNDLE_KEY, FOLDER_KEY, RUN_KEY, bundle_of
 from orchestrator.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_TERMINATED
 from orchestrator.track.runs import RunRecord, load_run
@@ -16,7 +15,6 @@ from orchestrator.track.status import status_of
 
 Job = Mapping[str, Any]
 STOPS = (EXIT_STOPPED, EXIT_INTERRUPTED, EXIT_TERMINATED)
-LAST_WORDS = '{"schema"'
 TOLD = ("attempt", "world_size", "step", "total_steps", "epoch", "eta_s", "images_per_s", "goodput")
 
 
@@ -26,17 +24,6 @@ def state_of(job: Job) -> str:
     if status == "FAILED":
         return "stopped" if last_words(job.get("message") or "").get("exit_code") in STOPS else "failed"
     return {"PENDING": "queued", "RUNNING": "running", "STOPPED": "stopped", "SUCCEEDED": "done"}[status]
-
-
-def last_words(text: str) -> dict[str, Any]:
-    """What the driver printed last, from a log or the message that Ray makes of its end; empty where it could not."""
-    for line in reversed(text.splitlines()):
-        if line.startswith(LAST_WORDS):
-            try:
-                return json.loads(line)
-            except ValueError:
-                return {}
-    return {}
 
 
 def facts_of(jobs: Sequence[Job], folder: Path | None, log: str = "") -> dict[str, Any]:

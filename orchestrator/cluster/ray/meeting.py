@@ -51,6 +51,11 @@ def require_same_code(bundle: Bundle) -> None:
         )
 
 
+def stopping_file(folder: Path) -> Path:
+    """There while the driver waits for its end: no other attempt begins."""
+    return folder / "stopping"
+
+
 def restart_file(folder: Path) -> Path:
     return folder / "restart.json"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,14 +13,15 @@ from typing import Any
 from orchestrator.cluster.cause import FINAL, Ended, killed, left_errors
 from orchestrator.cluster.journal import Journal
 from orchestrator.cluster.local import next_attempt
-from orchestrator.cluster.ray.meeting import put_off
+from orchestrator.cluster.ray.meeting import put_off, stopping_file
 from orchestrator.cluster.restarts import Attempt, decide
 from orchestrator.cluster.watch import read_signs, steps_done
 from orchestrator.config import ClusterConfig
-from orchestrator.errors import EXIT_INTERRUPTED, EXIT_RESIZED, EXIT_TERMINATED, EXIT_TRANSIENT
+from orchestrator.errors import EXIT_INTERRUPTED, EXIT_RESIZED, EXIT_STOPPED, EXIT_TERMINATED, EXIT_TRANSIENT
 
 NOT_COUNTED = {EXIT_TERMINATED, EXIT_INTERRUPTED, EXIT_RESIZED}
 """Ends after saving that nobody asked the job for: its node is taken away, so it goes on elsewhere."""
+SAME_TIME_S = 1.0
 LOST_PEER = re.compile(
     r"connection (closed|reset|refused)|broken pipe|connectFullMesh|remote process exited|timed out", re.I
 )
@@ -53,6 +55,8 @@ class Judge:
         number = next_attempt(self.folder) - 1 if number is None else number
         ended = first_end(told, gone, left_errors(self.folder, number))
         if ended.exit_code in NOT_COUNTED:
+            if ended.exit_code != EXIT_RESIZED and _is_stopping(self.folder):
+                raise RunEnded(Ended(EXIT_STOPPED))
             return
         signs = read_signs(self.folder, number, range(max([*told, *gone]) + 1), 0.0)
         self.attempts.append(Attempt(ended, steps_done(signs)))
@@ -76,6 +80,16 @@ class Judge:
             detected_by="ray",
             silent_s=0.0,
         )
+
+
+def _is_stopping(folder: Path) -> bool:
+    """Whether the driver is told to go, too: where all pods are, it may hear of it a moment after the ranks."""
+    until = time.monotonic() + SAME_TIME_S
+    while not stopping_file(folder).exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def first_end(told: Mapping[int, Ended], gone: Mapping[int, str], errors: Sequence[Mapping[str, Any]]) -> Ended:

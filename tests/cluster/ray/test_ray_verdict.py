@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from orchestrator.cluster.cause import Ended, killed
-from orchestrator.cluster.ray.meeting import restart_file
+from orchestrator.cluster.ray.meeting import restart_file, stopping_file
 from orchestrator.cluster.ray.verdict import Judge, RunEnded, first_end
 from orchestrator.cluster_config import ClusterConfig
 from orchestrator.compose import Composed
+from orchestrator.errors import EXIT_RESIZED
 
 KILLED = killed(1, 9, False)
 PEER = Ended(1, 0, "RuntimeError: [enforce fail] Connection closed by peer [10.0.0.2]:4711", "trace", by_itself=True)
@@ -23,7 +24,8 @@ GONE = "The actor died because its node has died."
 
 
 @pytest.fixture
-def judge(composed: Composed, tmp_path: Path) -> Judge:
+def judge(composed: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Judge:
+    monkeypatch.setattr("orchestrator.cluster.ray.verdict.SAME_TIME_S", 0.0)
     (tmp_path / "logs" / "attempt_1").mkdir(parents=True)
     return Judge(tmp_path, composed.config.cluster)
 
@@ -78,6 +80,14 @@ def test_a_preemption_is_never_counted(judge: Judge, code: int) -> None:
     for _ in range(10):
         judge.judge(1, {0: Ended(code, 0), 1: Ended(code, 1)}, {})
     assert judge.attempts == []
+
+
+def test_ranks_that_are_told_to_go_with_the_driver_are_not_started_again(judge: Judge) -> None:
+    stopping_file(judge.folder).touch()
+    judge.judge(1, {0: Ended(EXIT_RESIZED, 0)}, {})
+    with pytest.raises(RunEnded) as caught:
+        judge.judge(1, {0: Ended(143, 0), 1: Ended(143, 1)}, {})
+    assert caught.value.ended == Ended(45)
 
 
 def test_three_failures_of_its_own_without_a_step_between_them_are_no_progress(judge: Judge) -> None:
