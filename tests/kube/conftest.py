@@ -134,9 +134,9 @@ def post(api: Api, resource: Resource, obj: Object) -> Object:
     return api.call(Request("POST", resource.path(api.namespace), body=body))
 
 
-@pytest.fixture(params=["job", "jobset"])
+@pytest.fixture
 def kind(request: pytest.FixtureRequest, data: Cluster) -> str:
-
+    """What the test is parametrized with, where the cluster's operators serve it."""
     if not data.api.serves(KINDS[JobKind[request.param]]):
         pytest.skip(f"NOT SERVED: the cluster knows no {request.param}")
     return request.param

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launching import Answer, Cli
 
-from orchestrator.cluster.kubernetes.api import Api, Object
+from orchestrator.cluster.kubernetes.api import Api, Object, Request
+from orchestrator.cluster.kubernetes.pod import COMPONENT
+from orchestrator.cluster.kubernetes.pods import index_of, is_running
+from orchestrator.cluster.kubernetes.resources import POD
 from orchestrator.cluster.kubernetes.runs import pods_of
 
 TRAIN = (
@@ -84,10 +89,42 @@ class Live:
     def pods(self) -> list[Object]:
         return pods_of(self.cluster.api, self.run_id)
 
-    def weights(self) -> str:
-        """By the run's own record, which comes here for it."""
+    def running(self, component: str = "node") -> list[Object]:
+        """Its running pods that train, by index and name; or the `head` of its Ray cluster."""
+        found = [pod for pod in self.pods() if is_running(pod) and pod["metadata"]["labels"][COMPONENT] == component]
+        return sorted(found, key=lambda pod: (index_of(pod), pod["metadata"]["name"]))
+
+    def evict(self, pod: Object) -> None:
+        """Ask for its end as a drain does: with its grace period, and heeding disruption budgets."""
+        name = pod["metadata"]["name"]
+        body = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": name}}
+        self.cluster.api.call(Request("POST", POD.path(self.cluster.api.namespace, name, "eviction"), body=body))
+
+    def pull(self) -> Path:
+        """The run's folder, which comes here."""
         answer = self.verb("pull", "--to", str(self.cli.cwd / "pulled"), "--json")
         assert answer.code == 0, answer.err
-        result = json.loads((Path(answer.json()["folder"]) / "result.json").read_text())
+        return Path(answer.json()["folder"])
+
+    def weights(self) -> str:
+        """By the run's own record."""
+        result = json.loads((self.pull() / "result.json").read_text())
         assert result["state"] == "done"
         return result["weights_sha256"]
+
+    def computed_twice(self) -> list[int]:
+        """Steps that one attempt computed and a later one again, because the first had not saved them."""
+        text = (self.pull() / "events" / "rank_0.jsonl").read_text()
+        steps = Counter(event["step"] for event in map(json.loads, text.splitlines()) if event["kind"] == "step")
+        return [step for step, times in steps.items() if times > 1]
+
+
+def processes_of(pod: Object, words: tuple[str, ...]) -> list[int]:
+    """Those of a pod that runs on this very machine whose command line has these words; empty where it is elsewhere."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            told = path.read_bytes().decode(errors="replace").split("\0")
+            here = pod["metadata"]["uid"] in (path.parent / "cgroup").read_text().replace("_", "-")
+            found += [int(path.parent.name)] if here and set(words) <= set(told) else []
+    return found
