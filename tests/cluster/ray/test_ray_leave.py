@@ -104,4 +104,5 @@ def test_a_driver_on_kuberay_has_its_own_job_stopped(ray: FakeRay, monkeypatch: 
     env = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(told), "RAY_AUTH_TOKEN": "secret-token"}
     kuberay.stop_own_job(ray.address.removeprefix("http://"), env)
     assert ray.jobs["digits-x1"]["status"] == "STOPPED"
-    assert kuberay.starts_again({"ORCHESTRATOR_KUBERAY": "1"}) and not kuberay.starts_again({})
+    assert kuberay.starts_again({"ORCHESTRATOR_KUBERAY": "1"})
+    assert not kuberay.starts_again({})
