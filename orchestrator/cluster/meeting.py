@@ -12,7 +12,6 @@ from typing import Any
 from orchestrator.cluster import lifeline
 from orchestrator.cluster.lifeline import GONE, Lifeline, Message
 from orchestrator.cluster.lock import AlreadyRunning, only_writer
-from orchestrator.cluster.record import is_finished
 from orchestrator.cluster.stops import StopSignals
 from orchestrator.errors import EXIT_USER, NodeError, StopRequested, TransientError, UserError
 
@@ -111,9 +110,11 @@ class Met:
     attempt: int
 
 
-def reach(own: Hello, folder: Path, name: str, port: int, patience: Patience, resolve: lifeline.Resolver) -> Met | None:
+def reach(
+    own: Hello, is_over: Callable[[], bool], name: str, port: int, patience: Patience, resolve: lifeline.Resolver
+) -> Met | None:
     """Another node looks for node 0 until it may go on; None where the run turns out to be finished."""
-    while not is_finished(folder):
+    while not is_over():
         try:
             address = resolve(name)
             line = lifeline.connect(address, port)

@@ -10,66 +10,41 @@ import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from orchestrator.bundle import Bundle, imported_code, load_bundle, write_bundle
-from orchestrator.cluster import lifeline, local, route
+from orchestrator.bundle import imported_code, load_bundle, write_bundle
+from orchestrator.cluster import local, route
 from orchestrator.cluster.asked import Asked
 from orchestrator.cluster.attempt import POLL_S, Launch, Running, start_ranks
 from orchestrator.cluster.cause import Ended
 from orchestrator.cluster.environment import Node, leave_last_words
 from orchestrator.cluster.group import Place
 from orchestrator.cluster.journal import Journal
+from orchestrator.cluster.life import Life, kept
 from orchestrator.cluster.lifeline import Lifeline
 from orchestrator.cluster.meeting import LIFELINE_OFFSET, Hello, Met, Patience, gather, holding, hosting, reach
 from orchestrator.cluster.peers import First, Follower, exit_code_of, report_of
-from orchestrator.cluster.places import num_processes, visible_gpus
+from orchestrator.cluster.places import device_of, processes_here
 from orchestrator.cluster.record import conclude, is_finished, warning_of_other_code
+from orchestrator.cluster.record_place import open_record
 from orchestrator.cluster.restarts import Attempt, final_end, read_attempts
 from orchestrator.cluster.speaker import FactTeller, LogTail, Speaker, facts_of
 from orchestrator.cluster.stops import StopSignals
 from orchestrator.cluster.watch import steps_done
-from orchestrator.config import ComputeConfig
 from orchestrator.errors import (
     EXIT_DONE,
     ConfigError,
-    NodeError,
     OrchestratorError,
     StopRequested,
     TransientError,
     UserError,
 )
 from orchestrator.files import remove_halves
-from orchestrator.options import Device
 from orchestrator.train.orders import Orders, orders_file
 
 READS_LOGS = {"LAUNCHER_READS_LOGS": "1"}
 """Ranks say to their logs alone what they would say on a terminal: the launcher prints those."""
-
-
-@dataclass(slots=True)
-class Life:
-    """One life of a node's launcher."""
-
-    node: Node
-    bundle: Bundle
-    path: Path
-    """Of run.json, which the ranks load."""
-    entry: Callable[..., None]
-    """What each rank calls, with the path, the attempt and the time."""
-    speaker: Speaker
-    stop: StopSignals
-    began: float
-    resolve: lifeline.Resolver = lifeline.resolve
-    attempt: int = 0
-    step: int = 0
-    """The last one that was computed."""
-
-    @property
-    def folder(self) -> Path:
-        return self.bundle.folder
 
 
 def run_node(
@@ -80,8 +55,9 @@ def run_node(
     logging.getLogger("orchestrator").addHandler(speaker)
     life, run_id = None, None
     try:
-        bundle = load_bundle(path)
-        run_id, life = bundle.run_id, Life(node, bundle, path, entry, speaker, stop, began)
+        sent = load_bundle(path)
+        run_id = sent.run_id
+        life = Life(node, sent, *open_record(sent, path, node.rank), entry, speaker, stop, began)
         ended = live(life)
     except StopRequested as request:
         ended = Ended(request.exit_code)
@@ -89,6 +65,9 @@ def run_node(
         ended = Ended(error.exit_code, None, str(error))
     except Exception as error:
         ended = Ended(1, None, f"{type(error).__name__}: {error}", traceback.format_exc())
+    if life is not None:
+        ended = kept(life, ended)
+        life.record.close()
     where = "" if ended.rank is None else f"rank {ended.rank}: "
     if ended.error:
         speaker.say(f"{ended.traceback or ''}error: {where}{ended.error}")
@@ -109,12 +88,13 @@ def live(life: Life) -> Ended:
     )
     asked = Asked(node.ask_file, life.speaker, node.rank)
     patience = Patience(life.stop, config.cluster.hang_start_s, lambda: asked.answer(life.folder, 0, {}))
-    if is_finished(life.folder):
+    if life.record.is_finished():
         ended = _finished(life)
     elif node.rank == 0:
         ended = _lead(life, own, processes, patience, asked)
     else:
-        met = reach(own, life.folder, node.address, node.port + LIFELINE_OFFSET, patience, life.resolve)
+        over = life.record.is_finished
+        met = reach(own, over, node.address, node.port + LIFELINE_OFFSET, patience, life.resolve)
         ended = _finished(life) if met is None else _join(life, met, processes, asked)
     return ended
 
@@ -137,25 +117,6 @@ def _require_same(life: Life) -> None:
         raise ConfigError("compute.num_nodes", nodes, f"but NUM_NODES says {life.node.count}", "submit the run again")
 
 
-def processes_here(config: ComputeConfig, nodes: int) -> int:
-    """Ranks of one node. Raises ConfigError where the nodes cannot have equally many."""
-    total = num_processes(config)
-    if config.num_processes == "auto":
-        return total
-    if total % nodes:
-        rule = f"cannot be spread evenly over compute.num_nodes = {nodes}"
-        raise ConfigError("compute.num_processes", config.num_processes, rule, f"compute.num_processes={nodes}")
-    return total // nodes
-
-
-def device_of(config: ComputeConfig, processes: int) -> str:
-    """The kind of device that the ranks here get. Raises NodeError where the node lacks GPUs that it was given for."""
-    count = visible_gpus(config)
-    if count < processes and (count or config.device is Device.cuda):
-        raise NodeError(f"this node has {count} GPUs, and each of its {processes} processes needs one")
-    return "cuda" if count else "cpu"
-
-
 def _lead(life: Life, own: Hello, processes: int, patience: Patience, asked: Asked) -> Ended:
     """What node 0 does: everything that happens once a run."""
     from orchestrator.train.earlier import tell_earlier
@@ -164,11 +125,12 @@ def _lead(life: Life, own: Hello, processes: int, patience: Patience, asked: Ask
     bundle = life.bundle
     sets = check_run(bundle.config, processes * own.num_nodes, processes)
     with holding(life.folder, patience):
+        life.record.claim()
         if is_finished(life.folder):
             return _finished(life)
         for notice in filter(None, (warning_of_other_code(bundle), tell_earlier(bundle))):
             life.speaker.say(notice)
-        write_bundle(bundle, life.folder / "run.json", sets.facts())
+        write_bundle(life.sent, life.folder / "run.json", sets.facts())
         failed = _try_first(life, processes)
         try:
             ended = failed or _lead_all(life, own, processes, patience, asked)
@@ -201,6 +163,7 @@ def _lead_attempt(life: Life, line: Lifeline, nodes: dict[int, int], place: Plac
     number, folder = local.next_attempt(life.folder), life.folder
     address = next((line.own_address(peer) for peer in nodes.values()), None)
     launch = _launch(life)
+    life.record.begin(number, place.ranks)
     Orders(orders_file(folder, number), launch.deadline)
     facts = {"world_size": place.world_size, "num_nodes": place.num_nodes, "began": round(life.began, 3)}
     launch.journal.write("launch", number, argv0="node", **facts)
@@ -209,18 +172,23 @@ def _lead_attempt(life: Life, line: Lifeline, nodes: dict[int, int], place: Plac
     running = start_ranks(launch, number, place, _rank_env(address))
     running.stacks_elsewhere = lambda: first.stacks(running)
     with _telling(life, running):
-        ended = _over_lives(running, _follow(running, first, asked))
-        first.announce(ended)
+        ended = _over_lives(running, _follow(life, running, first, asked))
+        if ended.exit_code == EXIT_DONE:  # before anybody hears that all is done, all has to be kept
+            ended = kept(life, ended)
+        first.announce(ended, life.record.hang_up_s)
         launch.journal.write("end", number, exit_code=ended.exit_code)
+        kept(life, ended)
     return ended
 
 
 def _join(life: Life, met: Met, processes: int, asked: Asked) -> Ended:
     """What every other node does."""
     place = Place(processes, life.node.port, life.node.rank, life.node.count, met.address)
+    life.record.join(met.attempt, place.ranks)
     running = start_ranks(_launch(life), met.attempt, place, _rank_env(met.line.own_address(0)))
     with _telling(life, running):
-        ended = _follow(running, Follower(met.line), asked)
+        ended = _follow(life, running, Follower(met.line), asked)
+        kept(life, ended)  # the first node reports on all ranks once this one has hung up
         met.line.close()
     return ended
 
@@ -236,7 +204,7 @@ def _rank_env(address: str | None) -> dict[str, str]:
     return {**READS_LOGS, **({"GLOO_SOCKET_IFNAME": interface} if interface else {})}
 
 
-def _follow(running: Running, peers: First | Follower, asked: Asked) -> Ended:
+def _follow(life: Life, running: Running, peers: First | Follower, asked: Asked) -> Ended:
     """From the start of the ranks to the end of all of them."""
     report = None
     try:
@@ -248,6 +216,7 @@ def _follow(running: Running, peers: First | Follower, asked: Asked) -> Ended:
             if ended is not None:
                 return ended
             asked.answer(running.folder, running.number, running.group.pids)
+            life.record.check()
     finally:
         running.group.end()
 

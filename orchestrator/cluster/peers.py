@@ -21,8 +21,6 @@ SETTLE_S = 0.5
 VERDICT_S = 10.0
 """How long a node whose ranks have failed waits for the verdict of the first one."""
 STACKS_S = 4.0
-HANG_UP_S = 3.0
-"""How long the first node waits for the others to have read the verdict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,12 +167,12 @@ class First:
             self.hear(running)
         return {rank: stack for stacks in self._stacks.values() for rank, stack in stacks.items()}
 
-    def announce(self, ended: Ended) -> None:
-        """Tell all nodes how it ended, and let them go first."""
+    def announce(self, ended: Ended, patience_s: float) -> None:
+        """Tell all nodes how it ended, and let them go first, but not for ever."""
         for node, peer in self._peers.items():
             code = exit_code_of(ended, range(node * self._size, (node + 1) * self._size))
             self._line.send(peer, "verdict", exit_code=code, rank=ended.rank, error=ended.error)
-        there, until = set(self._peers.values()), time.monotonic() + HANG_UP_S
+        there, until = set(self._peers.values()), time.monotonic() + patience_s
         there -= {self._peers[node] for node, report in self._reports.items() if report.lost is not None}
         while there and time.monotonic() < until:
             there -= {message.peer for message in self._line.receive() if message.kind == GONE}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.config import ComputeConfig, process_range
+from orchestrator.errors import ConfigError, NodeError
 from orchestrator.options import Device
 from orchestrator.train.orders import Request
 from orchestrator.train.virtual import largest_world
@@ -118,3 +119,22 @@ def _count_gpus() -> None:
     import torch
 
     sys.exit(torch.cuda.device_count())
+
+
+def processes_here(config: ComputeConfig, nodes: int) -> int:
+    """Ranks of one node. Raises ConfigError where the nodes cannot have equally many."""
+    total = num_processes(config)
+    if config.num_processes == "auto":
+        return total
+    if total % nodes:
+        rule = f"cannot be spread evenly over compute.num_nodes = {nodes}"
+        raise ConfigError("compute.num_processes", config.num_processes, rule, f"compute.num_processes={nodes}")
+    return total // nodes
+
+
+def device_of(config: ComputeConfig, processes: int) -> str:
+    """The kind of device that the ranks here get. Raises NodeError where the node lacks GPUs that it was given for."""
+    count = visible_gpus(config)
+    if count < processes and (count or config.device is Device.cuda):
+        raise NodeError(f"this node has {count} GPUs, and each of its {processes} processes needs one")
+    return "cuda" if count else "cpu"

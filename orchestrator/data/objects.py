@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 CONNECT_S = 10
 CHUNK = 1 << 20
 _STATUS = re.compile(r"(?:status code|status|returned error)[^0-9]{0,20}([45]\d\d)\b|\b([45]\d\d) [A-Z][a-z]")
+ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "GOOGLE_BASE_URL", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
 _KINDS = {"NotFoundError": 404, "PermissionDeniedError": 403, "UnauthenticatedError": 401, "PreconditionError": 412}
 
 
@@ -114,7 +115,7 @@ def store_of(url: str, keys: dict[str, str]) -> tuple[Any, str]:
     bucket, _, path = rest.partition("/")
     kind = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}[scheme.lower()]
     told = {**os.environ, **keys}
-    plain = any(told.get(name, "").startswith("http://") for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
+    plain = any(told.get(name, "").startswith("http://") for name in ENDPOINTS)
     # the whole transfer has no limit here: the parent ends a child that is silent
     options: dict[str, Any] = {"connect_timeout": f"{CONNECT_S}s", "timeout": "7 days"}
     if plain or told.get("AWS_ALLOW_HTTP") == "true":

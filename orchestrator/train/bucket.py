@@ -63,12 +63,21 @@ class Bucket:
         found = self._ask("get", key=key)
         return found and (base64.b64decode(found[0]), found[1])
 
-    def get_file(self, key: str, path: Path) -> None:
-        self._ask("get_file", key=key, path=str(path.resolve()))
+    def get_file(self, key: str, path: Path) -> bool:
+        """Whether there is one."""
+        return self._ask("get_file", key=key, path=str(path.resolve()))
 
     def names(self) -> list[str]:
         """Keys of all objects."""
-        return self._ask("names")
+        return sorted(self.entries())
+
+    def entries(self, below: str = "") -> dict[str, tuple[int, str]]:
+        """Size in bytes and a mark that changes with the content, by key, of all objects or of those in a folder."""
+        return {key: (size, mark) for key, size, mark in self._ask("entries", below=below)}
+
+    def folders(self) -> list[str]:
+        """First parts of keys that have more than one; costs no look at what is in them."""
+        return self._ask("folders")
 
     def remove(self, key: str) -> None:
         """Without complaint where there is none."""
@@ -136,6 +145,8 @@ class Server:
 
     def __init__(self, url: str, keys: dict[str, str]):
         self._store, self._prefix = _open_store(url, keys)
+        self._version = "version" if url.startswith("gs://") else "e_tag"
+        """What a conditional put goes by: Google's is the number of the object's generation."""
 
     def put_file(self, key: str, path: str) -> None:
         content = Path(path)
@@ -143,34 +154,43 @@ class Server:
         self._store.put(self._prefix + key, content.read_bytes() if small else _pieces(content))
 
     def put(self, key: str, content: str, version: str | None) -> str | None:
-        mode: Any = "overwrite" if version is None else "create" if version == ABSENT else {"e_tag": version}
+        mode: Any = "overwrite" if version is None else "create" if version == ABSENT else {self._version: version}
         data = base64.b64decode(content)
         try:
             put = self._store.put(self._prefix + key, data, mode=mode)
         except NotImplementedError:  # a local folder has no versions
             put = self._store.put(self._prefix + key, data)
-        return put["e_tag"]
+        return put[self._version]
 
     def get(self, key: str) -> tuple[str, str | None] | None:
         try:
             found = self._store.get(self._prefix + key)
-            return base64.b64encode(bytes(found.bytes())).decode(), found.meta["e_tag"]
+            return base64.b64encode(bytes(found.bytes())).decode(), found.meta[self._version]
         except FileNotFoundError:
             return None
 
-    def get_file(self, key: str, path: str) -> None:
+    def get_file(self, key: str, path: str) -> bool:
         sent = 0
+        try:
+            found = self._store.get(self._prefix + key)
+        except FileNotFoundError:
+            return False
         with open(path, "wb") as file:
-            for chunk in self._store.get(self._prefix + key).stream(min_chunk_size=PIECE // 8):
+            for chunk in found.stream(min_chunk_size=PIECE // 8):
                 file.write(chunk)
                 sent += len(chunk)
                 _say({"at": sent})
             file.flush()
             os.fsync(file.fileno())
+        return True
 
-    def names(self) -> list[str]:
-        found = [entry["path"] for batch in self._store.list(self._prefix or None) for entry in batch]
-        return sorted(path.removeprefix(self._prefix) for path in found)
+    def entries(self, below: str) -> list[tuple[str, int, str]]:
+        found = [entry for batch in self._store.list(self._prefix + below or None) for entry in batch]
+        return [(one["path"].removeprefix(self._prefix), one["size"], _mark(one)) for one in found]
+
+    def folders(self) -> list[str]:
+        found = self._store.list_with_delimiter(self._prefix or None)["common_prefixes"]
+        return sorted(path.removeprefix(self._prefix).rstrip("/") for path in found)
 
     def remove(self, key: str) -> None:
         with suppress(FileNotFoundError):
@@ -187,6 +207,10 @@ def _open_store(url: str, keys: dict[str, str]) -> tuple[Any, str]:
 
     store, path = store_of(url, keys)
     return store, f"{path}/" if path else ""
+
+
+def _mark(entry: Any) -> str:
+    return entry["e_tag"] or entry["last_modified"].isoformat()
 
 
 def _pieces(path: Path) -> Iterator[bytes]:

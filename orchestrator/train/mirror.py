@@ -132,7 +132,7 @@ class StoreMirror:
     """Brings every checkpoint that stays here to the store as well, newest first, as long as it takes."""
 
     def __init__(self, url: str, settings: CheckpointingConfig, fence: Fence):
-        """`url`: of this run's own folder in the store."""
+        """`url`: of the checkpoints of this run alone."""
         self._settings, self._fence = settings, fence
         self._shelf = Shelf(Bucket(url))
         self._wake = threading.Condition()

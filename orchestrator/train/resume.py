@@ -13,6 +13,7 @@ from orchestrator.errors import CheckpointError
 from orchestrator.plain import to_dict
 from orchestrator.train.checkpoint import Checkpoint, newest, read_checkpoint, set_aside, step_folder
 from orchestrator.train.fence import Fence
+from orchestrator.train.handout import hand_out
 from orchestrator.train.mirror import StoreMirror
 from orchestrator.train.preflight import Sets, total_steps
 from orchestrator.train.process import Rank
@@ -35,7 +36,7 @@ def open_mirror(bundle: Bundle, fence: Fence | None) -> StoreMirror | None:
     settings, root = bundle.config.checkpointing, checkpoints_of(bundle)
     if fence is None or settings.mirror is None:
         return None
-    mirror = StoreMirror(f"{settings.mirror.rstrip('/')}/{bundle.run_id}", settings, fence)
+    mirror = StoreMirror(f"{settings.mirror.rstrip('/')}/{bundle.run_id}/checkpoints", settings, fence)
     found = newest(root, NEEDED)
     mirror.bring(found.step if found else -1)
     if found:
@@ -44,7 +45,7 @@ def open_mirror(bundle: Bundle, fence: Fence | None) -> StoreMirror | None:
 
 
 def resume_point(bundle: Bundle, rank: Rank, sets: Sets) -> Checkpoint | None:
-    """The newest whole checkpoint; the first rank chooses and verifies, the others follow.
+    """The newest whole checkpoint; the first rank chooses and verifies, the others follow, on disks of their own too.
 
     Raises CheckpointError where it belongs to a run that this one cannot continue.
     """
@@ -57,6 +58,7 @@ def resume_point(bundle: Bundle, rank: Rank, sets: Sets) -> Checkpoint | None:
         dist.broadcast(step, 0, group=rank.control)
     if int(step) < 0:
         return None
+    hand_out(root / step_folder(int(step)), rank)
     found = chosen or read_checkpoint(root / step_folder(int(step)))
     require_same_run(found, bundle, sets)
     return found

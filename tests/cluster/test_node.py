@@ -184,6 +184,7 @@ class TestDeaths:
         assert [launcher.last_words()["attempt"] for launcher in second] == [2, 2]
         assert [launcher.last_words()["step"] for launcher in second] == [10, 10]
 
+    @pytest.mark.slow
     def test_of_several_ranks_a_node_the_first_one_to_die_is_named(self, site: Site) -> None:
         site = with_config(site, "compute.num_processes=4")
         site.script(blows=[blow("SIGKILL", rank=2)])
@@ -201,6 +202,7 @@ class TestDeaths:
         assert time.monotonic() - began < SECONDS
         assert str(other.last_words()["error"]).startswith(f"node {node} is gone: ")  # closed or reset
 
+    @pytest.mark.slow
     def test_so_does_one_that_is_stopped_and_it_ends_once_it_runs_again(self, site: Site) -> None:
         site.script(steps=10_000)
         launchers, began = site.running(), time.monotonic()
@@ -222,6 +224,7 @@ class TestDeaths:
         assert "Stack of rank 0 (waits for other ranks)" in text
         assert "stand_in.py" in text.partition("Stack of rank 1")[2]
 
+    @pytest.mark.slow
     def test_three_failures_at_one_step_end_the_run_with_43_over_three_lives(self, site: Site) -> None:
         site.script(blows=[blow("raise", step=7)])
         assert [site.codes(site.start()) for _ in range(2)] == [[75, 1]] * 2
@@ -336,6 +339,7 @@ class TestMeeting:
         for end in (*others, line):
             end.close()
 
+    @pytest.mark.slow
     def test_nodes_that_never_come_end_the_wait_with_75(self, site: Site) -> None:
         site = with_config(site, "cluster.hang_start_s=2")
         site.script()
@@ -343,7 +347,8 @@ class TestMeeting:
         assert "nodes 1 did not come within cluster.hang_start_s = 2" in site.words(0)["error"]
         assert "node 0 did not come to MASTER_ADDR = 127.0.0.1" in site.words(1)["error"]
 
-    def test_a_name_that_resolves_late_is_waited_for(self, tmp_path: Path) -> None:
+    @pytest.mark.slow
+    def test_a_name_that_resolves_late_is_waited_for(self) -> None:
         port, own = free_pair(), Hello("run", "code", 2, "cpu", 1)
         line, asked = lifeline.listen(port), list[float]()
 
@@ -359,7 +364,7 @@ class TestMeeting:
 
         thread = threading.Thread(target=go)
         thread.start()
-        met = reach(own, tmp_path, "run-0.run", port, Patience(StopSignals(), 30), resolve)
+        met = reach(own, lambda: False, "run-0.run", port, Patience(StopSignals(), 30), resolve)
         thread.join()
         assert met is not None
         assert (met.attempt, met.address, len(asked)) == (7, "127.0.0.1", 4)
@@ -367,7 +372,7 @@ class TestMeeting:
         met.line.close()
         line.close()
 
-    def test_a_name_that_never_resolves_ends_the_wait_with_75_and_the_reason(self, tmp_path: Path) -> None:
+    def test_a_name_that_never_resolves_ends_the_wait_with_75_and_the_reason(self) -> None:
         def resolve(name: str) -> str:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -375,7 +380,7 @@ class TestMeeting:
         with pytest.raises(
             TransientError, match=r"MASTER_ADDR = run-0.run, port 7 \(Name or service not known\) within"
         ):
-            reach(own, tmp_path, "run-0.run", 7, Patience(StopSignals(), 1), resolve)
+            reach(own, lambda: False, "run-0.run", 7, Patience(StopSignals(), 1), resolve)
 
     @pytest.mark.parametrize(
         ("changed", "code", "words"),

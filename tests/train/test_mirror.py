@@ -255,4 +255,4 @@ def test_a_run_goes_on_where_another_machine_left_off(cli: Cli, small: tuple[str
     assert "resuming at step 4 of 14" in resumed.err
     assert resumed.json()["state_sha256"] == whole.json()["state_sha256"]
     run_id = whole.json()["run_id"]
-    assert folders(f"file://{cli.cwd}/store/{run_id}") == ["step_00000007.g0002", "step_00000014.g0002"]
+    assert folders(f"file://{cli.cwd}/store/{run_id}/checkpoints") == ["step_00000007.g0002", "step_00000014.g0002"]
