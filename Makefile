@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart check format test test-faults test-landing test-kubernetes test-all fault-table golden bench gpu-check docs lock clean
+.PHONY: help install quickstart check format test test-faults test-docs test-landing test-kubernetes test-all fault-table golden bench gpu-check docs lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ test: install  ## the default suite
 
 test-faults: install  ## a dozen cells of the fault matrix
 	$(BIN)/pytest -m faults tests/faults
+
+test-docs: install  ## every command of README and docs/reliability.md
+	$(BIN)/pytest -m docs tests/test_docs.py
 
 test-landing: install  ## a Job and a JobSet on a live cluster: sent, cancelled, resumed, killed
 	$(BIN)/pytest -m landing tests/kube

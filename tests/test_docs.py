@@ -58,6 +58,8 @@ def test_every_target_of_the_makefile_is_explained_by_make_help() -> None:
     assert phony - {"help"} <= set(re.findall(r"^  make (\S+)", shown, re.MULTILINE))
 
 
+@pytest.mark.slow
+@pytest.mark.docs
 @pytest.mark.timeout(240)
 def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path: Path) -> None:
     photos(tmp_path)
@@ -74,6 +76,7 @@ def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.docs
 @pytest.mark.timeout(600)
 def test_the_commands_of_the_page_on_reliability_end_with_the_codes_that_it_says(tmp_path: Path) -> None:
     for line in lines_of(RELIABILITY):

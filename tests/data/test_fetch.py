@@ -286,6 +286,7 @@ def test_processes_that_want_the_same_shard_make_one_download(far: Served, cache
     assert [path.name for path in cache.rglob("*") if path.is_file()] == [f"{shard.sha256}.tar"]
 
 
+@pytest.mark.slow
 def test_nobody_waits_for_the_reader_of_a_shard_that_has_become_whole(far: Served, cache: Path) -> None:
     """The file that was filled and the shard that is read are one inode, and readers hold theirs for hours."""
     shard, hold_s = first(far), 3.0

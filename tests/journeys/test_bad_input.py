@@ -334,6 +334,7 @@ def small_disk(cli: Cli) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_during_a_save_is_the_nodes_fault_and_the_run_goes_on_once_there_is_room(
     cli: Cli, small: tuple[str, ...], small_disk: Path, trained: Run
 ) -> None:

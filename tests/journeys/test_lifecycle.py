@@ -77,6 +77,7 @@ def test_a_run_is_followed_looked_into_cancelled_and_gone_on_with(cli: Cli, slow
     assert (stopped["state"], stopped["step"] > 0) == ("stopped", True)
 
 
+@pytest.mark.slow
 def test_a_cancelled_run_resumes_from_its_own_config_and_ends_like_the_undisturbed_one(
     cli: Cli, small: Slow, saboteur: Saboteur
 ) -> None:
@@ -105,6 +106,7 @@ def test_a_cancelled_run_resumes_from_its_own_config_and_ends_like_the_undisturb
     assert not (cli.cwd / "runs" / folder.name).exists()
 
 
+@pytest.mark.slow
 def test_cancel_now_kills_and_the_run_still_goes_on_from_its_checkpoint(cli: Cli, slow: Slow) -> None:
     with running(cli, *slow) as (process, folder):
         wait_for(lambda: list(folder.glob("checkpoints/step_*")), "a checkpoint")
@@ -118,6 +120,7 @@ def test_cancel_now_kills_and_the_run_still_goes_on_from_its_checkpoint(cli: Cli
     assert "orchestrator status" in again.err
 
 
+@pytest.mark.slow
 def test_following_goes_on_across_a_restart_and_ends_with_the_run(cli: Cli, small: Slow, saboteur: Saboteur) -> None:
     plain = (*small, "model=timm", "model.name=saboteur", "cluster.backoff_s=0")
     saboteur.arm("SIGKILL", rank=1, batch=9)
@@ -133,6 +136,7 @@ def test_following_goes_on_across_a_restart_and_ends_with_the_run(cli: Cli, smal
     assert launcher == [(1, "rank 1: killed by SIGKILL"), (2, "the run ended with 0: done")]
 
 
+@pytest.mark.slow
 def test_who_follows_may_leave_and_the_run_goes_on(cli: Cli, slow: Slow) -> None:
     with running(cli, *slow) as (process, folder):
         follower = cli.start("logs", folder.name, "-f")

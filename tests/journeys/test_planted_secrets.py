@@ -201,6 +201,7 @@ def failed(field: Field, train: list[str]) -> Path:
     return next((field.cwd / "runs").iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_its_cause_and_no_secret(field: Field, failed: Path) -> None:
     names = {path.name for path in failed.rglob("*")}
     assert {"report.html", "result.json", "rank_0.log", "rank_0.error.json", "run.json"} <= names
@@ -211,6 +212,7 @@ def test_a_run_that_fails_leaves_its_cause_and_no_secret(field: Field, failed: P
     assert leaks_below(failed) == []
 
 
+@pytest.mark.slow
 def test_the_mirror_of_a_config_with_secrets_holds_none(field: Field) -> None:
     assert field(module=("-c", MIRROR)).code == 0, field.printed[-2000:]
     assert list((field.cwd / "mirror").rglob("*.wandb"))

@@ -191,6 +191,7 @@ def test_a_server_that_never_takes_the_run_costs_one_warning(
     assert offline_steps(folder) == STEPS
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_before_the_server_answers_is_kept_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with StandInWandb("hang") as server:
         point_at(monkeypatch, server.url)
@@ -202,6 +203,7 @@ def test_a_run_that_ends_before_the_server_answers_is_kept_offline(tmp_path: Pat
     assert offline_steps(folder) == STEPS
 
 
+@pytest.mark.slow
 def test_what_a_server_lost_can_be_synced_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with StandInWandb() as server:
         point_at(monkeypatch, server.url)

@@ -116,6 +116,7 @@ def test_bad_steps_are_left_out_with_equal_bits_for_one_and_two_processes_and_ov
     assert same["state_sha256"] == clean["state_sha256"]
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_so_goes_on_where_it_was_once_it_may_leave_steps_out(
     cli: Cli, run: tuple[str, ...], saboteur: Saboteur
 ) -> None:

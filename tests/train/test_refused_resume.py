@@ -91,6 +91,7 @@ def test_keys_that_may_change_do_not_end_a_run(cli: Cli, command: tuple[str, ...
     assert [path.name for path in (stopped / "checkpoints").glob("step_*")] == ["step_00000014"]
 
 
+@pytest.mark.slow
 def test_a_last_save_that_did_not_reach_the_mirror_ends_with_75_and_is_brought_there_later(
     cli: Cli, command: tuple[str, ...], stopped: Path, saboteur: Saboteur, monkeypatch: pytest.MonkeyPatch
 ) -> None:

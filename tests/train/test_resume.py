@@ -202,6 +202,7 @@ class TestLauncher:
         saboteur.disarm()
         require_equal_to(undisturbed, cli("train", *overrides, "--json"), cli)
 
+    @pytest.mark.slow
     def test_torchrun_by_hand_with_overrides_gives_the_same_bits(
         self, cli: Cli, overrides: tuple[str, ...], undisturbed: Run
     ) -> None:
@@ -212,6 +213,7 @@ class TestLauncher:
         assert "already finished" in shown.err
         require_equal_to(undisturbed, shown, cli)
 
+    @pytest.mark.slow
     def test_an_error_of_a_job_by_hand_is_told_on_the_terminal(
         self, cli: Cli, overrides: tuple[str, ...], saboteur: Saboteur
     ) -> None:

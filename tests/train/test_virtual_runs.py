@@ -48,6 +48,7 @@ def test_one_two_and_four_processes_end_with_the_same_bits_and_history(cli: Cli,
     assert result["virtual_ranks"] == 4
 
 
+@pytest.mark.slow
 def test_two_processes_by_default_have_the_bits_of_plain_ddp_and_one_and_two_without_virtual_ranks_have_not(
     cli: Cli, elaborate: tuple[str, ...]
 ) -> None:
@@ -76,6 +77,7 @@ def test_a_run_that_loses_a_process_before_its_first_save_keeps_its_virtual_rank
     assert [event["virtual_ranks"] for event in read_events(folder) if event["kind"] == "start"] == [2, 2]
 
 
+@pytest.mark.slow
 def test_more_processes_than_the_first_attempt_had_go_on_with_a_notice_and_the_run_stays_plain(
     cli: Cli, elaborate: tuple[str, ...], saboteur: Saboteur
 ) -> None:
@@ -132,6 +134,7 @@ def test_eight_processes_then_four_two_one_and_eight_end_like_any_undisturbed_nu
     assert history(cli.cwd / "runs" / result["run_id"]) == history(next((cli.cwd / "world1").iterdir()))
 
 
+@pytest.mark.slow
 def test_without_virtual_ranks_two_three_and_one_processes_see_the_same_samples_and_end_close(
     cli: Cli, elaborate: tuple[str, ...], saboteur: Saboteur
 ) -> None:
@@ -151,6 +154,7 @@ def test_without_virtual_ranks_two_three_and_one_processes_see_the_same_samples_
     assert result["metrics"]["val/loss"] == pytest.approx(undisturbed["metrics"]["val/loss"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_range_of_processes_is_used_up_to_the_largest_that_shares_the_virtual_ranks(
     cli: Cli, elaborate: tuple[str, ...]
 ) -> None:
