@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from orchestrator.cluster.kubernetes.packing import packs
 from orchestrator.cluster.kubernetes.placing import NODE_NAME, away_from
 from orchestrator.cluster.kubernetes.pod import COMPONENT
 from orchestrator.cluster.kubernetes.pods import unfit_nodes
@@ -17,13 +18,16 @@ Object = dict[str, Any]
 
 
 def nodes_to_avoid(objects: Sequence[Object], pods: Iterable[Object]) -> list[str]:
-    """Those that the run's objects avoid already, and those that its last pods found unfit."""
-    return sorted({*avoided(objects), *unfit_nodes(pods)})
+    """Those that the run's objects avoid already, and those that its last pods found unfit.
+
+    None for pods that pack shards: their 44 is a disk that is full, which is a claim's.
+    """
+    return [] if packs(objects[-1]) else sorted({*avoided(objects), *unfit_nodes(pods)})
 
 
 def is_warned(run: Object, pods: Iterable[Object]) -> bool:
     """Whether a run's own object keeps away from every node that one of these pods found unfit."""
-    return set(unfit_nodes(pods)) <= set(avoided([run]))
+    return packs(run) or set(unfit_nodes(pods)) <= set(avoided([run]))
 
 
 def avoided(objects: Sequence[Object]) -> list[str]:

@@ -17,6 +17,7 @@ from orchestrator.cluster.kubernetes.facts import facts_of, newest_progress, pla
 from orchestrator.cluster.kubernetes.follow import Follower
 from orchestrator.cluster.kubernetes.lifecycle import collect_code, erase, objects_of, start_again, suspend
 from orchestrator.cluster.kubernetes.logs import Joiner, read_ended, with_earlier
+from orchestrator.cluster.kubernetes.packing import packs
 from orchestrator.cluster.kubernetes.pods import has_started, is_running
 from orchestrator.cluster.kubernetes.pull import earlier_lines, pull_folder
 from orchestrator.cluster.kubernetes.render import START_DEADLINE
@@ -61,7 +62,7 @@ class KubernetesBackend:
 
         def earlier(before: int | None) -> Iterator[LogLine]:
             is_new = before is None and living  # no pod has said anything yet
-            return iter(()) if is_new else earlier_lines(self._api, found, before, rank)
+            return iter(()) if is_new or packs(found.run) else earlier_lines(self._api, found, before, rank)
 
         return with_earlier(self._pods_lines(run_id, follow, Joiner(rank)), earlier)
 
@@ -98,10 +99,10 @@ class KubernetesBackend:
 
     def pull(self, run_id: str, to: Path, checkpoints: bool = False) -> Path:
         """Checkpoints may be a hundred times the rest, and a log is a narrow way: they come if asked for."""
-        return pull_folder(self._api, get_run(self._api, run_id), to, checkpoints)
+        return pull_folder(self._api, self._training(run_id), to, checkpoints)
 
     def stacks(self, run_id: str) -> dict[int, str]:
-        get_run(self._api, run_id)
+        self._training(run_id)
         pods = [pod for pod in pods_of(self._api, run_id) if is_running(pod) and has_started(pod)]
         return ask_for_stacks(self._api, pods) if pods else {}
 
@@ -112,6 +113,13 @@ class KubernetesBackend:
             raise UserError(f"run {run_id} is {state.state}. Way out: orchestrator cancel {run_id}, then rm")
         erase(self._api, found)
         collect_code(self._api, found)
+
+    def _training(self, run_id: str) -> Found:
+        """Raises UserError for a job that has neither a folder nor ranks."""
+        found = get_run(self._api, run_id)
+        if packs(found.run):
+            raise UserError(f"ID {run_id} packs shards, which lie on their claim. Way out: orchestrator logs {run_id}")
+        return found
 
     def _look(self, found: Found) -> tuple[Observed, RunState]:
         """Where the run stands now. Whoever looks ends a run that did not start in time: nothing in a cluster does."""

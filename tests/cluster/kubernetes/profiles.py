@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestrator.bundle import Bundle, freeze
 from orchestrator.cluster.job import JobSpec, job_of
+from orchestrator.cluster.shard_job import Packing, shard_job_of
 from orchestrator.compose import compose
 from orchestrator.options import JobKind
 
@@ -49,8 +50,28 @@ def spec_of(*overrides: str) -> JobSpec:
     return job_of(bundle, ARCHIVE if bundle.config.cluster.code.name == "archive" else None)
 
 
+SHARDS = "shards"
+"""A profile that is no training."""
+
+
+def packing() -> JobSpec:
+    """`shards make` with two processes, in a queue, from one claim to another."""
+    keys = (
+        *SHARED,
+        "cluster.queue=training",
+        "cluster.pull_secrets=[registry]",
+        "cluster.volumes=[{claim: photos, path: /photos, read_only: true},"
+        " {claim: data, path: /data, read_only: false}]",
+    )
+    words = ("/photos", "/data/photos", "--max-side", "512", "--on-bad", "skip")
+    what = Packing(source="/photos", out="/data/photos", root=None, writes_root=False, words=words, workers=2)
+    return shard_job_of(bundle_of(*keys).config.cluster, what, ARCHIVE, CODE)
+
+
 def profile(name: str) -> JobSpec:
     """Without the config itself, whose keys are no matter of the manifests."""
+    if name == SHARDS:
+        return replace(packing(), run_id=RUN, bundle={"config_hash": CONFIG})
     bundle = {"config_hash": CONFIG, "versions": {"ray": "2.60.0"}}
     return replace(spec_of(*PROFILES[name]), run_id=RUN, bundle=bundle, code_digest=CODE)
 
