@@ -15,7 +15,7 @@ from typing import Any
 
 from orchestrator.compose import Composed
 from orchestrator.config import MAY_CHANGE, RunConfig
-from orchestrator.errors import UserError
+from orchestrator.errors import ConfigError, UserError
 from orchestrator.files import hash_file, read_json, write_json
 from orchestrator.plain import from_dict, to_dict
 from orchestrator.secrets import require_no_secrets
@@ -53,7 +53,17 @@ class Bundle:
 
     @property
     def folder(self) -> Path:
-        return Path(self.config.runs_dir) / self.run_id
+        """Of the run, on this machine. Raises ConfigError where runs are kept in an object store."""
+        return folder_of_runs(self.config) / self.run_id
+
+
+def folder_of_runs(config: RunConfig) -> Path:
+    """`runs_dir` on this machine. Raises ConfigError where it is an object store."""
+    place = config.runs_dir
+    if "://" in place:
+        rule = "is an object store, which keeps runs of cluster=kubernetes; what runs here needs a folder"
+        raise ConfigError("runs_dir", place, rule, f"runs_dir=PATH checkpointing.mirror={place}")
+    return Path(place)
 
 
 def freeze(composed: Composed, initial: Initial | None = None) -> Bundle:

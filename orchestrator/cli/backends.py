@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.cli.runs import add_config_flags
 from orchestrator.errors import ConfigError, UserError, nearest
 from orchestrator.options import Where
+from orchestrator.secrets import use_for_stores
 
 if TYPE_CHECKING:
     from orchestrator.cluster.backend import Backend
@@ -27,11 +28,17 @@ def add_verb(subparsers: Any, name: str, text: str, epilog: str, run: Callable[[
     """A verb on runs of one cluster: `cluster=...` and `cluster.KEY=...` choose which."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = subparsers.add_parser(name, help=text, epilog=epilog, formatter_class=raw)
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of runs (default: %(default)s)")
+    text = "folder of runs (default: %(default)s), or their address in an object store"
+    parser.add_argument("--runs-dir", type=runs_place, default=Path("runs"), metavar="DIR|URL", help=text)
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     add_config_flags(parser)
     parser.set_defaults(run=run, takes_overrides=True)
     return parser
+
+
+def runs_place(text: str) -> Path | str:
+    """A folder as a path, an address in a store as it was typed."""
+    return text if "://" in text else Path(text)
 
 
 def add_id(parser: Any, nargs: str | None = None) -> None:
@@ -40,15 +47,24 @@ def add_id(parser: Any, nargs: str | None = None) -> None:
 
 
 def choose_backend(args: argparse.Namespace) -> Backend:
-    """The cluster that the overrides name; this machine where there are none. A path as ID names a folder of runs."""
+    """The cluster that the overrides name, else the store that --runs-dir names, else this machine.
+
+    A path as ID names a folder of runs.
+    """
     config = compose_cluster(args)
+    if config is not None and (config.store_secret or "").startswith("/"):
+        use_for_stores(config.store_secret)
     if config is None or config.where is Where.local:
+        if isinstance(args.runs_dir, str):
+            from orchestrator.cluster.stored_backend import StoredBackend
+
+            return StoredBackend(args.runs_dir)
         from orchestrator.cli.runs import go_on
         from orchestrator.cluster.local_backend import LocalBackend
 
         _take_path(args)
         return LocalBackend(args.runs_dir, lambda folder: go_on(folder, args.json))
-    return backend_of(config, args.runs_dir)
+    return backend_of(config, folder_here(args.runs_dir))
 
 
 def backend_of(config: ClusterConfig, runs_dir: Path) -> Backend:
@@ -59,6 +75,11 @@ def backend_of(config: ClusterConfig, runs_dir: Path) -> Backend:
     else:
         from orchestrator.cluster.kubernetes.backend import open_backend
     return open_backend(config, runs_dir)
+
+
+def folder_here(place: Path | str) -> Path:
+    """The folder of this machine for runs that are kept elsewhere."""
+    return Path("runs") if isinstance(place, str) else place
 
 
 def open_run(args: argparse.Namespace) -> tuple[Backend, str]:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.cli.backends import add_id, add_verb, open_run, same_cluster
+from orchestrator.cli.backends import add_id, add_verb, folder_here, open_run, same_cluster
 from orchestrator.cli.console import note, print_json
 from orchestrator.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 
@@ -129,7 +129,7 @@ def resume_run(args: argparse.Namespace) -> int:
 
 def pull_run(args: argparse.Namespace) -> int:
     backend, run_id = open_run(args)
-    folder = backend.pull(run_id, args.to or args.runs_dir, args.checkpoints)
+    folder = backend.pull(run_id, args.to or folder_here(args.runs_dir), args.checkpoints)
     if args.json:
         print_json({"run_id": run_id, "folder": str(folder)})
     else:
@@ -166,7 +166,7 @@ def _require_yes(args: argparse.Namespace, backend: Backend, run_id: str) -> Non
     """Checkpoints are hours of work, and on this machine they go with the run's folder."""
     from orchestrator.cluster.local_backend import LocalBackend
 
-    found = sorted((args.runs_dir / run_id / "checkpoints").glob("step_*"))
+    found = sorted((folder_here(args.runs_dir) / run_id / "checkpoints").glob("step_*"))
     if found and isinstance(backend, LocalBackend) and not args.yes:
         way_out = f"orchestrator rm {run_id} --yes"
         raise UserError(f"run {run_id} has {len(found)} checkpoints, the last {found[-1].name}. Way out: {way_out}")

@@ -7,10 +7,10 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from orchestrator import __version__
 from orchestrator.cli import checkpoints, doctor, lifecycle, plan, runs, shards, status
+from orchestrator.cli.backends import runs_place
 from orchestrator.cli.console import note
 from orchestrator.errors import EXIT_INTERRUPTED, EXIT_USER, OrchestratorError, nearest
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(rest)
     if hasattr(args, "runs_dir"):  # verbs that read runs need no config, but this one key of it is typed from habit
         typed = [override.partition("=")[2] for override in overrides if override.startswith("runs_dir=")]
-        args.runs_dir = Path(typed[-1]) if typed else args.runs_dir
+        args.runs_dir = runs_place(typed[-1]) if typed else args.runs_dir
         overrides = [override for override in overrides if not override.startswith("runs_dir=")]
     if overrides and not getattr(args, "takes_overrides", False):
         parser.error(f"{overrides[0]} is an override, and {args.verb} takes none (put it after -- if it is a path)")

@@ -103,8 +103,10 @@ def _train_here(bundle: Bundle, args: argparse.Namespace, began: float) -> int:
 
 
 def _require_fits_here(config: RunConfig) -> None:
+    from orchestrator.bundle import folder_of_runs
     from orchestrator.secrets import require_secret
 
+    folder_of_runs(config)
     if config.compute.num_nodes > 1:
         way_out = "compute.num_nodes=1, or cluster=kubernetes or ray"
         raise ConfigError("compute.num_nodes", config.compute.num_nodes, "needs more machines than this one", way_out)

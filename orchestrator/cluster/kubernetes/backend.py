@@ -19,7 +19,7 @@ from orchestrator.cluster.kubernetes.lifecycle import collect_code, erase, objec
 from orchestrator.cluster.kubernetes.logs import Joiner, read_ended, with_earlier
 from orchestrator.cluster.kubernetes.packing import packs
 from orchestrator.cluster.kubernetes.pods import has_started, is_running
-from orchestrator.cluster.kubernetes.pull import earlier_lines, pull_folder
+from orchestrator.cluster.kubernetes.pull import earlier_lines, pull_folder, stored_facts
 from orchestrator.cluster.kubernetes.render import START_DEADLINE
 from orchestrator.cluster.kubernetes.resources import RUN, run_of
 from orchestrator.cluster.kubernetes.runs import Found, all_runs, get_run, observe, pods_of
@@ -54,7 +54,10 @@ class KubernetesBackend:
         found = get_run(self._api, run_id)
         seen, state = self._look(found)
         progress = newest_progress(self._api, seen.pods)
-        return {**facts_of(found.run, state, progress), "where": place_of(self._api, found, seen)}
+        if not packs(found.run) and (not state.living or not progress):
+            progress = stored_facts(self._api, found) or progress
+        facts = facts_of(found.run, state, progress)
+        return {**facts, "folder": progress.get("folder"), "where": place_of(self._api, found, seen)}
 
     def logs(self, run_id: str, follow: bool, rank: int | None) -> Iterator[LogLine]:
         found = get_run(self._api, run_id)

@@ -1,4 +1,4 @@
-"""The folder of a run comes here through the log of a short-lived Job that mounts its claim, read-only.
+"""The folder of a run comes here from its store, or through the log of a short-lived Job that mounts its claim.
 
 That needs no right besides those of submitting, where a copy by exec or a port forward would need one that also opens
 every other pod. What is here already is not sent again, so that a second pull brings only what has grown.
@@ -28,6 +28,7 @@ from orchestrator.cluster.kubernetes.pods import has_started, obstacle_of
 from orchestrator.cluster.kubernetes.resources import JOB, POD, PRODUCT, TRAINING_RUNTIME, run_of
 from orchestrator.cluster.kubernetes.runs import Found, bundle_of
 from orchestrator.cluster.rank_logs import read_logs
+from orchestrator.cluster.stored_runs import StoredRuns
 from orchestrator.errors import OrchestratorError, TransientError, UserError
 from orchestrator.files import hash_file
 
@@ -61,8 +62,24 @@ def earlier_lines(api: Api, found: Found, before: int | None, rank: int | None) 
         yield from read_logs(Path(scratch), rank, lambda: False)
 
 
+def stored_facts(api: Api, found: Found) -> dict[str, Any]:
+    """Where the run stands by its record in an object store; nothing where it has none, or it is out of reach."""
+    try:
+        runs_dir = runs_dir_of(api, found)
+        return StoredRuns(runs_dir).facts(run_of(found.run)) if "://" in runs_dir else {}
+    except (UserError, TransientError) as error:
+        logger.warning("the record of %s is not read: %s", found.name, error)
+        return {}
+
+
 def _receive(api: Api, found: Found, target: Path, asked: dict[str, Any]) -> None:
-    folder = folder_of(api, found)
+    runs_dir, run_id = runs_dir_of(api, found), run_of(found.run)
+    if "://" in runs_dir:
+        below, without = tuple(asked["below"]), tuple(asked["without"])
+        stored = StoredRuns(runs_dir)
+        stored.fetch(run_id, target, lambda name: name.startswith(below) and not name.startswith(without))
+        return
+    folder = posixpath.join(runs_dir, run_id)
     for _ in range(ROUNDS):
         with _reader(api, found, folder, {"known": known_files(target), **asked}) as lines:
             if Receiver(target).take(lines):
@@ -71,18 +88,13 @@ def _receive(api: Api, found: Found, target: Path, asked: dict[str, Any]) -> Non
     raise TransientError(f"{found.name}: its folder did not come whole in {ROUNDS} tries. Way out: try again")
 
 
-def folder_of(api: Api, found: Found) -> str:
-    """Where the pods of the run see its folder."""
+def runs_dir_of(api: Api, found: Found) -> str:
+    """The folder of runs as the pods see it, or its address in a store."""
     run_id = run_of(found.run)
     bundle = bundle_of(api, run_id)
     if bundle is None:
         raise UserError(f"ID {run_id}: its ConfigMap run-{run_id} is gone. Way out: submit it again, then pull")
-    runs_dir = str(bundle["config"]["runs_dir"])
-    if "://" in runs_dir:
-        raise UserError(
-            f"ID {run_id}: its folder is {runs_dir}/{run_id}, in an object store. Way out: copy it from there"
-        )
-    return posixpath.join(runs_dir, run_id)
+    return str(bundle["config"]["runs_dir"])
 
 
 def known_files(target: Path) -> dict[str, list[Any]]:

@@ -190,3 +190,23 @@ def test_a_folder_out_of_reach_is_said_and_the_pods_are_read(
     node.server.log(f"{RUN_ID}-0-aaaaa").write("[a2 r0 #1] one")
     assert [line.text for line in KubernetesBackend(api).logs(RUN_ID, False, None)] == ["one"]
     assert "the logs of earlier attempts are not shown" in caplog.text
+
+
+def test_a_run_kept_in_a_store_is_read_there_without_a_reader(
+    folder: Path, node: Node, api: Api, tmp_path: Path
+) -> None:
+    bundle = json.dumps({"config": {"runs_dir": f"file://{folder.parent}"}})
+    node.server.change(CORE, "configmaps", f"run-{RUN_ID}", data={"run.json": bundle})
+    for attempt in (1, 2):
+        (folder / f"logs/attempt_{attempt}").mkdir(exist_ok=True)
+        (folder / f"logs/attempt_{attempt}/rank_0.log").write_text(f"one of {attempt}\n")
+    (folder / "result.json").write_text('{"state": "stopped", "step": 7, "exit_code": 45}')
+    node.server.change(BATCH, "jobs", RUN_ID, spec={"suspend": True})
+    backend = KubernetesBackend(api)
+    assert [line.text for line in backend.logs(RUN_ID, False, None)] == ["one of 1", "one of 2"]
+    facts = backend.status(RUN_ID)
+    assert (facts["state"], facts["step"], facts["folder"]) == ("stopped", 7, f"file://{folder.parent}/{RUN_ID}")
+    came = backend.pull(RUN_ID, tmp_path / "here")
+    assert (came / "logs/attempt_2/rank_0.log").read_text() == "one of 2\n"
+    assert not (came / "checkpoints").exists()
+    assert node.sent == [], "no reader was started"

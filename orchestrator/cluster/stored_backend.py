@@ -1,0 +1,59 @@
+"""Runs of an object store without the cluster that trains them: what can be read of them, and who does the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NoReturn
+
+from orchestrator.cluster.backend import LogLine
+from orchestrator.cluster.local_backend import LocalBackend
+from orchestrator.cluster.stored_runs import StoredRuns, is_no_checkpoint
+from orchestrator.errors import UserError
+
+TOLD = ("run.json", "logs/", "events/launcher.jsonl")
+"""What the lines of a run are made of."""
+
+
+class StoredBackend:
+    """Implements `cluster.backend.Backend`."""
+
+    def __init__(self, url: str):
+        self._runs = StoredRuns(url)
+
+    def ids(self) -> list[str]:
+        return self._runs.ids()
+
+    def runs(self) -> list[dict[str, Any]]:
+        return [self._runs.facts(run_id) for run_id in self.ids()]
+
+    def status(self, run_id: str) -> dict[str, Any]:
+        return {**self._runs.facts(run_id), "where": [f"{self._runs.url}/{run_id}"]}
+
+    def logs(self, run_id: str, follow: bool, rank: int | None) -> Iterator[LogLine]:
+        if follow:
+            self._refuse(run_id, "logs -f")
+        with TemporaryDirectory() as scratch:
+            self._runs.fetch(run_id, Path(scratch) / run_id, lambda name: name.startswith(TOLD))
+            yield from LocalBackend(Path(scratch), lambda folder: 1).logs(run_id, False, rank)
+
+    def pull(self, run_id: str, to: Path, checkpoints: bool = False) -> Path:
+        self._runs.fetch(run_id, to / run_id, (lambda name: True) if checkpoints else is_no_checkpoint)
+        return to / run_id
+
+    def cancel(self, run_id: str, now: bool) -> None:
+        self._refuse(run_id, "cancel")
+
+    def resume(self, run_id: str) -> int | None:
+        self._refuse(run_id, "resume")
+
+    def stacks(self, run_id: str) -> dict[int, str]:
+        self._refuse(run_id, "stack")
+
+    def remove(self, run_id: str) -> None:
+        self._refuse(run_id, "rm")
+
+    def _refuse(self, run_id: str, verb: str) -> NoReturn:
+        where = f"run {run_id} in {self._runs.url}/ is the record of one that a cluster runs"
+        raise UserError(f"{where}. Way out: orchestrator {verb} {run_id} cluster=kubernetes")
