@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.cli.console import note, print_json
+from orchestrator.cli.outlook import exit_code_of, look_ahead, rows
 from orchestrator.errors import EXIT_DONE, OrchestratorError
+from orchestrator.options import Where
 
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
@@ -17,31 +19,47 @@ if TYPE_CHECKING:
 EPILOG = """examples:
   orchestrator plan train experiment=imagenet_resnet50 --gib 80 --images-per-s 20000
   orchestrator plan train experiment=quickstart --picture memory.svg
+  orchestrator plan train experiment=imagenet_resnet50 cluster=kubernetes cluster.image=IMAGE@sha256:... runs_dir=/runs
 
 The memory is that of the real step, traced without computing it: what the device's library keeps for itself (about
-half a GiB on a GPU) comes on top. Whether a cluster has room is not asked yet."""
+half a GiB on a GPU) comes on top. With cluster=kubernetes every layer of the cluster is asked whether the run fits,
+waits or never starts; nothing is sent. Exit code 42: it can never start as it is."""
 
 
 def add_to(subparsers: Any) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     usage = "orchestrator plan train [group=choice ...] [key=value ...] [--flag]"
-    text = "what a run will need: memory, steps, hours, bytes, money"
+    text = "what a run will need (memory, steps, hours, bytes, money), and whether a cluster has room for it"
     parser = subparsers.add_parser("plan", help=text, usage=usage, epilog=EPILOG, formatter_class=raw)
     parser.add_argument("job", choices=("train",), help="the verb that would run")
     parser.add_argument("--config-dir", type=Path, action="append", default=[], metavar="DIR", help="own config groups")
     parser.add_argument("--gib", type=float, metavar="N", help="memory of a device: say the largest batch that fits")
     parser.add_argument("--images-per-s", type=float, metavar="N", help="speed of the whole run: say hours and money")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the memory over the step: .svg or .png")
+    parser.add_argument(
+        "--snapshot",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="of a cluster, as "
+        "`orchestrator snapshot -o FILE` or `kubectl get ... -o json` wrote it, instead of a live one",
+    )
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     parser.set_defaults(run=plan, takes_overrides=True)
 
 
 def plan(args: argparse.Namespace) -> int:
+    from orchestrator.bundle import freeze
     from orchestrator.compose import compose
     from orchestrator.train.footprint import largest_rows, trace_step
 
-    config = compose(args.overrides, args.config_dir).config
+    composed = compose(args.overrides, args.config_dir)
+    config = composed.config
     needs, classes = _needs(config, args.images_per_s)
+    found = None
+    if args.snapshot or config.cluster.where is Where.kubernetes:
+        found = look_ahead(freeze(composed), args.snapshot)
     largest = None
     if args.gib is not None:
         largest = largest_rows(int(args.gib * 2**30), lambda rows: trace_step(config, classes, rows))
@@ -50,10 +68,11 @@ def plan(args: argparse.Namespace) -> int:
 
         draw_memory(needs.footprint.timeline, args.picture)
     if args.json:
-        print_json({**needs.facts(), "largest_rows": largest})
-        return EXIT_DONE
-    print("\n".join(f"{name:<18} {text}" for name, text in told(needs, config, largest) if text))
-    return EXIT_DONE
+        print_json({**needs.facts(), "largest_rows": largest, "cluster": found and found.facts()})
+    else:
+        listed = [*told(needs, config, largest), *(rows(found) if found else ())]
+        print("\n".join(f"{name:<18} {text}" for name, text in listed if text))
+    return exit_code_of(found) if found else EXIT_DONE
 
 
 def _needs(config: RunConfig, images_per_s: float | None) -> tuple[Needs, int]:

@@ -60,7 +60,7 @@ class Parcel:
 def send(bundle: Bundle, args: argparse.Namespace) -> int:
     """Show, write or submit a run; with `--follow` its logs come here and its exit code is this command's."""
     _require_flags_that_fit(bundle.config, args)
-    return deliver(_parcel(bundle), args)
+    return deliver(parcel_of(bundle), args)
 
 
 def deliver(parcel: Parcel, args: argparse.Namespace) -> int:
@@ -86,7 +86,8 @@ def _require_flags_that_fit(config: RunConfig, args: argparse.Namespace) -> None
         raise ConfigError("--manifest", f"cluster={where.name}", rule, "--dry-run prints what is sent to Ray")
 
 
-def _parcel(bundle: Bundle) -> Parcel:
+def parcel_of(bundle: Bundle) -> Parcel:
+    """What sending a run would send. Raises ConfigError for what could not run or would be lost."""
     from orchestrator.cluster.code import archive_of
     from orchestrator.cluster.job import job_of
 

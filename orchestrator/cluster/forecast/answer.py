@@ -12,10 +12,10 @@ Object = dict[str, Any]
 
 
 class Verdict(IntEnum):
-    """Ordered: the greatest one of all layers is the run's."""
+    """Ordered: the greatest one of all layers is the run's; what nobody could look at says nothing."""
 
-    fits = 0
-    unchecked = 1
+    unchecked = 0
+    fits = 1
     waits = 2
     never = 3
 
@@ -56,7 +56,7 @@ class Surroundings(Protocol):
 
 
 def worst(findings: Iterable[Finding]) -> Verdict:
-    """A run waits or never starts where one layer says so; what was not checked only counts where all else fits."""
+    """A run waits or never starts where one layer says so."""
     return max((finding.verdict for finding in findings), default=Verdict.unchecked)
 
 

@@ -33,9 +33,12 @@ PODS = 4
 LOG_S = 10.0
 
 
-def survey(api: Api, run_id: str | None = None) -> Snapshot:
-    """Raises UserError for a run that the namespace does not have."""
-    taken, record, names, uids = now(), dict[str, Any](), dict[Resource, Iterable[str]](), set[str]()
+def survey(api: Api, run_id: str | None = None, coming: Sequence[Object] = ()) -> Snapshot:
+    """`coming`: objects that may be sent, of which it matters what they refer to.
+
+    Raises UserError for a run that the namespace does not have.
+    """
+    taken, record, names, uids = now(), dict[str, Any](), _named_by({"spec": list(coming)}, ()), set[str]()
     if run_id is not None:
         found = get_run(api, run_id)
         record, pods = _record(api, found)
