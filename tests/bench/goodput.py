@@ -132,11 +132,12 @@ def real_cell(mtbf_s: float, save_every: int, seed: int = 0, epochs: int = 60) -
             kills += process.poll() is None and _kill_a_rank(folder, luck)
         run = load_run(next(folder.glob("runs/*")))
     came, costs = measure_run(run), costs_of(run)
+    nine_of_ten = spread(replace(costs, steps=run.result["step"]), mtbf_s, save_every)
     times = sorted(f["recovery_s"] for f in recoveries(read_timeline(run.ranks, run.launcher)) if f["recovery_s"])
     return {
         "exit_code": process.returncode, "kills": kills, "real": round(came.value, 3),
         "simulated": round(simulate(costs, mtbf_s, save_every), 3),
-        "nine_of_ten": [round(value, 3) for value in spread(replace(costs, steps=run.result["step"]), mtbf_s, save_every)],
+        "nine_of_ten": [round(value, 3) for value in nine_of_ten],
         "expected": round(expected(costs, mtbf_s, save_every), 3), "ceiling": round(ceiling(costs, mtbf_s), 3),
         "recovery_p50_s": median(times) if times else None,
         "recovery_p95_s": times[int(0.95 * len(times))] if times else None,
