@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def look_ahead(bundle: Bundle, paths: list[Path]) -> Forecast:
     """Ask every layer of the cluster, or of a snapshot of it, about what would be sent."""
     from orchestrator.cli.submit import parcel_of
+    from orchestrator.cluster.forecast.demand import Share
     from orchestrator.cluster.forecast.forecast import forecast
     from orchestrator.cluster.kubernetes.render import render
 
@@ -38,7 +39,7 @@ def look_ahead(bundle: Bundle, paths: list[Path]) -> Forecast:
         objects = render(parcel.spec, kind, parcel.content)
         around = survey(api, coming=objects)
     note(f"{parcel.run_id} as a {kind.name}, in namespace {around.namespace} of {around.place} at {around.taken}")
-    return forecast(objects, around)
+    return forecast(objects, around, Share(parcel.spec.processes_per_node, parcel.spec.resources.shm_bytes))
 
 
 def _kind(wanted: JobKind, around: Snapshot) -> JobKind:

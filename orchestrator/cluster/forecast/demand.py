@@ -25,6 +25,29 @@ class Group:
     limits: Mapping[str, Decimal]
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How the keys of a config become what a pod asks for."""
+
+    processes: int = 1
+    """Of one node of the run."""
+    shm_bytes: int = 0
+    """Counted in the memory."""
+
+    def key(self, resource: str, amount: Decimal) -> str:
+        """The setting with which a pod asks for no more than `amount`."""
+        if resource == "cpu":
+            return f"cluster.cpus_per_process={_rounded(amount / self.processes, 1)}"
+        each = (amount - self.shm_bytes) / self.processes / (1 << 30)
+        return f"cluster.memory_gib_per_process={_rounded(each, 1)}"
+
+
+def _rounded(value: Decimal, digits: int) -> str:
+    """Down, without a needless nought."""
+    scale = 10**digits
+    return f"{int(value * scale) / scale:g}"
+
+
 def groups_of(objects: Iterable[Object]) -> list[Group]:
     """The groups of pods that rendered objects make."""
     makers = {"Job": _of_job, "JobSet": _of_jobset, "TrainingRuntime": _of_runtime, "RayJob": _of_rayjob}

@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.cluster.forecast.admission import judge_rights, judge_security
 from orchestrator.cluster.forecast.answer import Finding, Object, Surroundings, Verdict, worst
-from orchestrator.cluster.forecast.demand import groups_of, run_of
+from orchestrator.cluster.forecast.demand import Share, groups_of, run_of
 from orchestrator.cluster.forecast.presence import judge_presence
 from orchestrator.cluster.forecast.queues import judge_queue
 from orchestrator.cluster.forecast.quotas import judge_limits, judge_quotas
@@ -29,7 +29,7 @@ class Forecast:
         return {"verdict": self.verdict.name, "layers": [finding.facts() for finding in self.findings]}
 
 
-def forecast(objects: Sequence[Object], around: Surroundings) -> Forecast:
+def forecast(objects: Sequence[Object], around: Surroundings, share: Share) -> Forecast:
     """`objects`: as they would be sent, the run last. Pure: the same snapshot gives the same answer."""
     groups = groups_of(objects)
     return Forecast(
@@ -40,6 +40,6 @@ def forecast(objects: Sequence[Object], around: Surroundings) -> Forecast:
             judge_limits(groups, around),
             judge_quotas(objects, groups, around),
             judge_queue(run_of(objects), groups, around),
-            judge_nodes(groups, around),
+            judge_nodes(groups, around, share),
         )
     )

@@ -47,8 +47,9 @@ def _look(kind: str, name: str, around: Surroundings) -> Finding:
         return Finding(LAYER, Verdict.unchecked, f"{kind} {name}: not checked: {reason}")
     found = named(around.of(kind), name)
     if found is None:
-        hint = nearest(name, [one["metadata"]["name"] for one in around.of(kind)])
-        way_out = f"create it, or another {KEYS.get(kind, 'name')}" + (f" ({hint})" if hint else "")
+        names = [one["metadata"]["name"] for one in around.of(kind)]
+        hint = f" ({nearest(name, names)})" if names else ""
+        way_out = f"create it, or another {KEYS.get(kind, 'name')}{hint}"
         return Finding(LAYER, Verdict.never, f"{kind} {name} is not there", way_out)
     if kind == "PersistentVolumeClaim":
         return _claim(found, around)

@@ -9,7 +9,7 @@ from decimal import Decimal
 
 from orchestrator.cluster.forecast.amounts import ZERO, Amounts, short, told, total
 from orchestrator.cluster.forecast.answer import Finding, Object, Surroundings, Verdict, named, unchecked
-from orchestrator.cluster.forecast.demand import Group, requests_of
+from orchestrator.cluster.forecast.demand import Group, Share, requests_of
 from orchestrator.cluster.forecast.nodes import Node, barred, count_of, read_nodes, taint_text
 from orchestrator.cluster.forecast.seats import Seats, seat_all
 from orchestrator.cluster.kubernetes.resources import RUN
@@ -29,7 +29,7 @@ class Change:
     groups: tuple[Group, ...]
 
 
-def judge_nodes(groups: Sequence[Group], around: Surroundings) -> Finding:
+def judge_nodes(groups: Sequence[Group], around: Surroundings, share: Share) -> Finding:
     """FITS, WAITS behind what, or NEVER with the smallest change that would make it fit."""
     missing = unchecked(LAYER, around, "Node", "Pod")
     if missing:
@@ -41,18 +41,19 @@ def judge_nodes(groups: Sequence[Group], around: Surroundings) -> Finding:
         return Finding(LAYER, Verdict.fits, f"{_wish(groups)}: there is room now{_on(groups, well)}")
     ever = seat_all(groups, _without_illness(nodes), {node.name: node.room for node in nodes})
     if not _all_seated(ever):
-        return _never(groups, nodes, ever)
+        return _never(groups, nodes, ever, share)
     return _waits(groups, around, nodes, now)
 
 
-def _never(groups: Sequence[Group], nodes: Sequence[Node], ever: Mapping[str, Seats]) -> Finding:
+def _never(groups: Sequence[Group], nodes: Sequence[Node], ever: Mapping[str, Seats], share: Share) -> Finding:
     short_of = next(seats for seats in ever.values() if not seats.enough)
-    said = f"{_wish(groups)}; the cluster could never hold more than {short_of.found} of {short_of.wanted}"
+    most = f"could never hold more than {short_of.found} of {short_of.wanted}" if short_of.found else "holds none, ever"
+    said = f"{_wish(groups)}; the cluster {most}"
     if short_of.narrow:
         said += f": {short_of.narrow}"
     if short_of.because:
         said += f"; of {len(nodes)} nodes {_reasons(short_of.because)}"
-    change = next((one for one in changes(groups, nodes, ever) if _fits_ever(one.groups, nodes)), None)
+    change = next((one for one in changes(groups, nodes, ever, share) if _fits_ever(one.groups, nodes)), None)
     way_out = change.said if change else "another cluster, or ask for smaller pods"
     return Finding(LAYER, Verdict.never, said, way_out)
 
@@ -127,13 +128,15 @@ def _owner(pod: Object) -> str:
     return f"run {run}" if run else f"{meta.get('namespace', '')}/{owners[0]['name']}"
 
 
-def changes(groups: Sequence[Group], nodes: Sequence[Node], ever: Mapping[str, Seats]) -> Iterator[Change]:
+def changes(
+    groups: Sequence[Group], nodes: Sequence[Node], ever: Mapping[str, Seats], share: Share
+) -> Iterator[Change]:
     """What could be asked for instead, the smallest change first; `ever`: what the groups find as they are."""
     yield from _tolerating(groups, nodes)
     yield from _unselected(groups)
     yield from _unplaced(groups)
-    yield from _smaller(groups, nodes, "cpu", "cluster.cpus_per_process")
-    yield from _smaller(groups, nodes, "memory", "cluster.memory_gib_per_process")
+    yield from _smaller(groups, nodes, "cpu", share)
+    yield from _smaller(groups, nodes, "memory", share)
     yield from _thinner(groups)
     yield from _fewer(groups, ever)
 
@@ -166,15 +169,14 @@ def _alone(spec: Object) -> Object:
     return {key: value for key, value in (spec.get("affinity") or {}).items() if key == "nodeAffinity"}
 
 
-def _smaller(groups: Sequence[Group], nodes: Sequence[Node], resource: str, key: str) -> Iterator[Change]:
+def _smaller(groups: Sequence[Group], nodes: Sequence[Node], resource: str, share: Share) -> Iterator[Change]:
     """The greatest group with as much of one resource as its nodes can give."""
     group = max(groups, key=lambda one: one.count * one.requests.get("memory", Decimal(1)))
     rooms = {node.room.get(resource, ZERO) for node in _without_illness(nodes) if not barred(group, node)}
-    parts = {room / share for room in rooms for share in range(1, MOST_SHARES + 1)}
+    parts = {room / shares for room in rooms for shares in range(1, MOST_SHARES + 1)}
     for room in sorted((one for one in parts if 0 < one < group.requests.get(resource, ZERO)), reverse=True):
-        said = f"{key} so that a pod asks for at most {told(resource, room)} {resource} instead of "
-        said += told(resource, group.requests[resource])
         less = replace(group, requests={**group.requests, resource: room})
+        said = f"{share.key(resource, room)} (a pod then asks for {told(resource, room)} {resource})"
         yield Change(said, tuple(less if one is group else one for one in groups))
 
 

@@ -38,7 +38,9 @@ def survey(api: Api, run_id: str | None = None, coming: Sequence[Object] = ()) -
 
     Raises UserError for a run that the namespace does not have.
     """
-    taken, record, names, uids = now(), dict[str, Any](), _named_by({"spec": list(coming)}, ()), set[str]()
+    taken, record, names, uids = now(), dict[str, Any](), dict[Resource, Iterable[str]](), set[str]()
+    if coming:
+        names = _named_by({**coming[-1], "spec": list(coming)}, ())
     if run_id is not None:
         found = get_run(api, run_id)
         record, pods = _record(api, found)

@@ -26,6 +26,7 @@ from clusters import (
 )
 
 from orchestrator.cluster.forecast.answer import Finding, Verdict
+from orchestrator.cluster.forecast.demand import Share
 from orchestrator.cluster.forecast.forecast import Forecast, forecast
 from orchestrator.cluster.snapshot import Snapshot
 from orchestrator.options import JobKind
@@ -55,7 +56,7 @@ CASES: dict[str, Case] = {
     ),
     "what a daemon set holds never comes free": (
         CPU_RUN, but(Node=[node("a", cpu=9)], Pod=[pod("x", "a", owner="DaemonSet", cpu="4")]), "nodes", NEVER,
-        ("never hold more than 1 of 2",), "at most 2.5 cpu instead of 4",
+        ("never hold more than 1 of 2",), "cluster.cpus_per_process=2.5",
     ),
     "no node has so much memory": (
         (*CPU_RUN, "cluster.memory_gib_per_process=500"), healthy, "nodes", NEVER, ("have 128 GiB memory",),
@@ -262,6 +263,10 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
+def ahead(objects: list[Any], around: Snapshot) -> Forecast:
+    return forecast(objects, around, Share())
+
+
 def of_layer(found: Forecast, layer: str) -> Finding:
     return max((one for one in found.findings if one.layer == layer), key=lambda one: one.verdict)
 
@@ -269,7 +274,7 @@ def of_layer(found: Forecast, layer: str) -> Finding:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_each_layer_says_what_it_would_do_and_the_way_out(case: Case) -> None:
     overrides, around, layer, verdict, words, way_out = case
-    found = forecast(sent(*overrides), around())
+    found = ahead(sent(*overrides), around())
     finding = of_layer(found, layer)
     assert finding.verdict is verdict, finding
     for word in words:
@@ -284,15 +289,15 @@ def test_each_layer_says_what_it_would_do_and_the_way_out(case: Case) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in JobKind if kind is not JobKind.auto])
 def test_a_healthy_cluster_takes_every_kind(kind: JobKind) -> None:
-    found = forecast(sent(*CPU_RUN, kind=kind), healthy())
+    found = ahead(sent(*CPU_RUN, kind=kind), healthy())
     assert found.verdict is FITS, [one for one in found.findings if one.verdict]
     assert json.loads(json.dumps(found.facts()))["verdict"] == "fits"
 
 
 def test_the_way_out_of_a_run_that_never_fits_makes_it_fit() -> None:
     nodes = but(Node=[node(f"g{i}", gpus=4) for i in range(4)], Pod=[])
-    never = of_layer(forecast(sent(*GPU_RUN), nodes()), "nodes")
+    never = of_layer(ahead(sent(*GPU_RUN), nodes()), "nodes")
     assert never.verdict is NEVER
     assert "compute.num_nodes=4" in (never.way_out or "")
     changed = [one for one in GPU_RUN if not one.startswith("compute.num_nodes")]
-    assert of_layer(forecast(sent(*changed, "compute.num_nodes=4"), nodes()), "nodes").verdict is FITS
+    assert of_layer(ahead(sent(*changed, "compute.num_nodes=4"), nodes()), "nodes").verdict is FITS
