@@ -71,7 +71,7 @@ def space(cluster: Cluster) -> Iterator[Cluster]:
     """A namespace as k8s/base makes it, which refuses what is not restricted, and a claim that all nodes write."""
     api, name = cluster.api, cluster.api.namespace
     for path in ("namespace", "service_account", "submitter_role", "submitter_binding", "network_policy"):
-        obj = yaml.safe_load((BASE / f"{path}.yaml").read_text().replace("training", name))
+        obj = yaml.safe_load((BASE / f"{path}.yaml").read_text().replace(": training\n", f": {name}\n"))
         kind = obj["kind"]
         known = NAMESPACE if kind == "Namespace" else Resource(obj["apiVersion"], PLURALS[kind], kind)
         post(api, known, obj)

@@ -38,7 +38,8 @@ SENDING_S = 60.0
 """After which a run that was never let go is that of a submitter that was killed."""
 TRIES = 20
 PAUSE_S = 0.25
-"""Between two looks at an object that is being removed."""
+"""Between two looks at an object that is being removed, or that is not seen everywhere yet."""
+UNSEEN_RUNTIME = "specified trainingRuntime must be created before"
 Made = tuple[Resource, str, str]
 """Kind, name and uid of what this call created."""
 
@@ -192,7 +193,7 @@ def _create_run(api: Api, run: Object, made: list[Made]) -> Object | None:
     sent = {**run, "metadata": {**run["metadata"], "annotations": notes}, "spec": {**run["spec"], "suspend": True}}
     warnings: list[str] = []
     try:
-        owner, warnings = api.create(sent)
+        owner, warnings = _create_patiently(api, sent)
     except Conflict:
         owner = api.get(resource_of(run), run["metadata"]["name"])
         if (owner["metadata"].get("annotations") or {}).get(SUBMISSION) != token:
@@ -202,6 +203,18 @@ def _create_run(api: Api, run: Object, made: list[Made]) -> Object | None:
     if refused:
         raise Refused(f"the pods of {run['metadata']['name']} would be refused: {refused}. Way out: another namespace")
     return owner
+
+
+def _create_patiently(api: Api, run: Object) -> tuple[Object, list[str]]:
+    """Trainer's webhook learns of a new runtime a moment after it was created, and until then refuses its runs."""
+    for left in reversed(range(TRIES)):
+        try:
+            return api.create(run)
+        except Refused as error:
+            if left == 0 or UNSEEN_RUNTIME not in str(error):
+                raise
+        time.sleep(PAUSE_S)
+    raise AssertionError("the last try returns or raises")
 
 
 def _furnish(api: Api, parts: Sequence[Object], owner: Object, made: list[Made]) -> None:

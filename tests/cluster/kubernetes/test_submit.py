@@ -171,6 +171,21 @@ def test_a_refusal_in_the_middle_leaves_nothing(server: FakeApi, api: Api, spec:
     assert left(server) == []
 
 
+@pytest.mark.parametrize(("unseen", "sent"), [(3, True), (10**6, False)])
+def test_a_runtime_that_its_operator_has_not_seen_yet_is_waited_for(
+    server: FakeApi, api: Api, spec: JobSpec, unseen: int, sent: bool
+) -> None:
+    refusals = iter(range(unseen))
+    said = "not found: specified trainingRuntime must be created before the TrainJob is created"
+    server.admission = [lambda verb, obj: said if obj["kind"] == "TrainJob" and next(refusals, -1) >= 0 else None]
+    if sent:
+        assert send(api, spec, JobKind.trainjob).outcome == "submitted"
+        return
+    with pytest.raises(Refused, match="must be created before"):
+        send(api, spec, JobKind.trainjob)
+    assert left(server) == []
+
+
 def test_a_refusal_keeps_what_was_there_before(server: FakeApi, api: Api, spec: JobSpec) -> None:
     server.put(CORE, "configmaps", {"metadata": {"name": CODE, "labels": {}}, "binaryData": {}})
     server.admission = [lambda verb, obj: "no" if obj["kind"] == "Service" else None]
