@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from orchestrator import __version__
-from orchestrator.cli import checkpoints, doctor, lifecycle, plan, runs, shards, status
+from orchestrator.cli import checkpoints, doctor, lifecycle, plan, runs, shards, status, why
 from orchestrator.cli.backends import runs_place
 from orchestrator.cli.console import note
 from orchestrator.errors import EXIT_INTERRUPTED, EXIT_USER, OrchestratorError, nearest
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for family in (runs, plan, status, lifecycle, checkpoints, shards, doctor):
+    for family in (runs, plan, status, why, lifecycle, checkpoints, shards, doctor):
         family.add_to(subparsers)
     return parser
 

@@ -45,6 +45,7 @@ LIMIT_RANGE = Resource("v1", "limitranges", "LimitRange")
 STORAGE_CLASS = Resource("storage.k8s.io/v1", "storageclasses", "StorageClass", namespaced=False)
 RAY_CLUSTER = Resource("ray.io/v1", "rayclusters", "RayCluster")
 CLUSTER_QUEUE = Resource("kueue.x-k8s.io/v1beta1", "clusterqueues", "ClusterQueue", namespaced=False)
+RIGHTS = Resource("authorization.k8s.io/v1", "selfsubjectrulesreviews", "SelfSubjectRulesReview", namespaced=False)
 FLAVOR = Resource("kueue.x-k8s.io/v1beta1", "resourceflavors", "ResourceFlavor", namespaced=False)
 
 LISTED = (
@@ -70,14 +71,19 @@ def read_inventory(api: Api, names: Mapping[Resource, Iterable[str]], is_ours: C
     found = Inventory()
     works = [partial(_list_here, api, one, names, found) for one in LISTED]
     works += [partial(_list_everywhere, api, one, found) for one in EVERYWHERE]
-    works.append(partial(_read_namespace, api, found))
-    kinds = [*(one.kind for one in (*LISTED, *EVERYWHERE)), NAMESPACE.kind]
+    works += [partial(_read_namespace, api, found), partial(_read_rights, api, found)]
+    kinds = [*(one.kind for one in (*LISTED, *EVERYWHERE)), NAMESPACE.kind, RIGHTS.kind]
     _at_once(works, DEADLINE_S)
     for kind in kinds:
-        if kind not in found.objects:
+        if kind not in found.objects:  # and nothing says why
             found.missing.setdefault(kind, f"no answer within {DEADLINE_S:g} s")
-    objects = {kind: [trimmed(one, kind, is_ours(one)) for one in every] for kind, every in found.objects.items()}
-    return Inventory(objects, dict(found.missing), dict(found.limits))
+    read = dict(found.objects)  # a late thread may still add to the others
+    if NODE.kind in read:
+        read[NODE.kind] = _with_images_once(read[NODE.kind])
+    objects = {kind: [trimmed(one, kind, is_ours(one)) for one in every] for kind, every in read.items()}
+    return Inventory(
+        objects, {kind: why for kind, why in found.missing.items() if kind not in read}, dict(found.limits)
+    )
 
 
 def _at_once(works: Sequence[Callable[[], object]], limit_s: float) -> None:
@@ -141,6 +147,31 @@ def _read_namespace(api: Api, found: Inventory) -> None:
     _keep(found, NAMESPACE.kind, [one] if one else [], "only the run's own")
 
 
+def _read_rights(api: Api, found: Inventory) -> None:
+    """What whoever asks may do in the namespace."""
+    body = {"apiVersion": RIGHTS.api, "kind": RIGHTS.kind, "spec": {"namespace": api.namespace}}
+    try:
+        found.objects[RIGHTS.kind] = [{"metadata": {"name": api.namespace}, **_asked(api, body)}]
+    except OrchestratorError as error:
+        found.missing[RIGHTS.kind] = _why(RIGHTS, error)
+
+
+def _asked(api: Api, body: Object) -> Object:
+    return {"status": api.call(Request("POST", RIGHTS.path(api.namespace), body=body)).get("status") or {}}
+
+
+def _with_images_once(nodes: list[Object]) -> list[Object]:
+    """Which images there are is asked of all nodes together, and each node has the same fifty: those are kept once."""
+    seen: set[str] = set()
+    kept = []
+    for node in nodes:
+        images = [one for one in (node.get("status") or {}).get("images") or [] if not seen.issuperset(one["names"])]
+        seen.update(name for one in images for name in one["names"])
+        names = [{"names": one["names"]} for one in images]
+        kept.append({**node, "status": {**(node.get("status") or {}), "images": names}})
+    return kept
+
+
 def _keep(found: Inventory, kind: str, objects: list[Object], cut: str) -> None:
     found.objects[kind] = objects
     if cut:
@@ -163,7 +194,7 @@ def list_some(api: Api, resource: Resource, path: str) -> tuple[list[Object], st
     items: list[Object] = []
     while True:
         page = api.call(Request("GET", path, query, accept=accept))
-        items += page["items"]
+        items += page.get("items") or []
         query["continue"] = page["metadata"].get("continue", "")
         if not query["continue"] or len(items) >= most:
             break

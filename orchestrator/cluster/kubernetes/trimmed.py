@@ -54,7 +54,12 @@ def _pod(obj: Object) -> Object:
     for key in ("containers", "initContainers"):
         if spec.get(key):
             kept[key] = [{"name": one["name"], "resources": one.get("resources") or {}} for one in spec[key]]
-    return {"metadata": meta, "spec": kept, "status": {"phase": (obj.get("status") or {}).get("phase")}}
+    status = obj.get("status") or {}
+    return {
+        "metadata": meta,
+        "spec": kept,
+        "status": {"phase": status.get("phase"), "startTime": status.get("startTime")},
+    }
 
 
 def _node(obj: Object) -> Object:
@@ -62,7 +67,7 @@ def _node(obj: Object) -> Object:
     return {
         "metadata": _meta(obj),
         "spec": {key: spec[key] for key in ("taints", "unschedulable") if key in spec},
-        "status": {key: status[key] for key in ("allocatable", "capacity", "conditions") if key in status},
+        "status": {key: status[key] for key in ("allocatable", "capacity", "conditions", "images") if key in status},
     }
 
 

@@ -1,0 +1,102 @@
+"""Verbs that explain: snapshot writes down what a cluster says of a run, why reads causes out of it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.cli.backends import add_id, add_verb, choose_backend, compose_cluster, open_run
+from orchestrator.cli.console import note, print_json
+from orchestrator.errors import EXIT_DONE
+
+if TYPE_CHECKING:
+    from orchestrator.cluster.snapshot import Snapshot
+    from orchestrator.cluster.why.cause import Cause
+    from orchestrator.cluster.why.verdict import Answer
+
+WHY = """examples:
+  orchestrator why quickstart-0123abcd
+  orchestrator why quickstart-0123abcd cluster=kubernetes --json
+  orchestrator why --snapshot cluster.json
+
+The first cause is the one to mend first. Exit code: 0 nothing is wrong, 75 what is wrong may pass by itself, 42 it
+needs somebody. --snapshot FILE asks no cluster: FILE is of `orchestrator snapshot`, or of `kubectl get ... -o json`."""
+SNAPSHOT = """examples:
+  orchestrator snapshot quickstart-0123abcd cluster=kubernetes -o snapshot.json
+  orchestrator snapshot cluster=kubernetes -o cluster.json
+
+All that `why` looks at, as one JSON file to attach to a question: objects, events, the run's last lines. Names of
+secrets are in it, values are not. Without an ID it is the cluster alone."""
+
+
+def add_to(subparsers: Any) -> None:
+    why = add_verb(subparsers, "why", "why a run is stuck, or why it ended", WHY, explain_run)
+    why.add_argument("--snapshot", type=Path, action="append", default=[], metavar="FILE", help="ask a file instead")
+    add_id(why, "?")
+    snapshot = add_verb(subparsers, "snapshot", "what a cluster says of a run, as a file", SNAPSHOT, write_snapshot)
+    snapshot.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write it (default: print it)")
+    snapshot.add_argument("run_id", nargs="?", metavar="ID", help="of the run, or its beginning")
+
+
+def write_snapshot(args: argparse.Namespace) -> int:
+    from orchestrator.files import write_json
+
+    taken = _take(args, args.run_id is not None)
+    if args.output is None:
+        print_json(taken.facts())
+        return EXIT_DONE
+    write_json(args.output, taken.facts())
+    counts = ", ".join(f"{len(found)} {kind}" for kind, found in taken.objects.items() if found)
+    about = {"snapshot": str(args.output), "run_id": taken.run_id, "missing": dict(taken.missing)}
+    if args.json:
+        print_json(about)
+        return EXIT_DONE
+    print(f"snapshot    {args.output}: {counts or 'nothing'}")
+    for kind, why in sorted(taken.missing.items()):
+        note(f"not read: {kind}: {why}")
+    if taken.run_id:
+        print(f"why         orchestrator why --snapshot {args.output}")
+    return EXIT_DONE
+
+
+def explain_run(args: argparse.Namespace) -> int:
+    from orchestrator.cluster.snapshot import read_snapshot
+    from orchestrator.cluster.why.verdict import explain
+
+    taken = read_snapshot(args.snapshot) if args.snapshot else _take(args, True)
+    answer = explain(taken, args.run_id)
+    if args.json:
+        print_json(answer.facts())
+    else:
+        print("\n".join(told(answer)))
+    return answer.exit_code
+
+
+def _take(args: argparse.Namespace, with_run: bool) -> Snapshot:
+    from orchestrator.cluster.taking import take
+
+    if with_run:
+        backend, args.run_id = open_run(args)
+    else:
+        backend = choose_backend(args)
+    return take(compose_cluster(args), backend, args.runs_dir, args.run_id if with_run else None)
+
+
+def told(answer: Answer) -> list[str]:
+    """The answer as a person reads it."""
+    if not answer.causes:
+        lines = [f"run {answer.run_id}: nothing is wrong: {answer.said}"]
+    else:
+        lines = [f"run {answer.run_id}: {answer.said}"]
+        for place, cause in enumerate(answer.causes, start=1):
+            lines += _cause(f"{place}.", cause)
+    if answer.earlier:
+        lines += ["met before, and over:", *(f"   {cause.said} ({cause.name})" for cause in answer.earlier)]
+    return [*lines, *(f"not read: {one}" for one in answer.unread if answer.causes)]
+
+
+def _cause(head: str, cause: Cause) -> list[str]:
+    pods = f" ({len(cause.whom)} pods)" if len(cause.whom) > 1 else ""
+    proof = [f"     {one.object}  {one.field}: {one.value}" for one in cause.evidence]
+    return [f"{head} {cause.name}: {cause.said}{pods}", *proof, f"   way out: {cause.way_out}"]

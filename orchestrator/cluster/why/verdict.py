@@ -1,0 +1,109 @@
+"""The answer of `why`: where a run stands, and its causes in order. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from orchestrator.cluster.kubernetes.pods import is_running
+from orchestrator.cluster.snapshot import Snapshot
+from orchestrator.cluster.why import creation, ends, meeting, placing, queues, starting, told, volumes
+from orchestrator.cluster.why.cause import Cause, Depth, Stage, ranked
+from orchestrator.cluster.why.scene import Scene, find_scene, seconds
+from orchestrator.errors import EXIT_DONE, EXIT_TRANSIENT, EXIT_USER
+
+FINDERS = (
+    queues.causes, creation.causes, placing.causes, volumes.causes, starting.causes, meeting.causes, ends.causes,
+    told.of_pods,
+)  # fmt: skip
+FAIR = ("running", "done", "stopped", "starting", "queued")
+LATE_S = 300.0
+"""After which a start that nobody explains is worth a question."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What is wrong with a run, the first cause first; none where nothing is."""
+
+    run_id: str
+    state: str
+    said: str
+    """One sentence on where it stands."""
+    causes: tuple[Cause, ...]
+    earlier: tuple[Cause, ...]
+    """What earlier attempts met, which holds nothing now."""
+    unread: tuple[str, ...]
+    """What could not be looked at."""
+
+    @property
+    def exit_code(self) -> int:
+        """0: nothing is wrong; 75: it may pass by itself; 42: it needs somebody."""
+        if not self.causes:
+            return EXIT_DONE
+        return EXIT_TRANSIENT if self.causes[0].passes else EXIT_USER
+
+    def facts(self) -> dict[str, Any]:
+        named = {"causes": self.causes, "earlier": self.earlier}
+        lists = {key: [cause.facts() for cause in causes] for key, causes in named.items()}
+        return {"schema": 1, "run_id": self.run_id, "state": self.state, "said": self.said, **lists,
+                "unread": list(self.unread)}  # fmt: skip
+
+
+def explain(snapshot: Snapshot, run_id: str | None = None) -> Answer:
+    """Raises UserError for a run that the snapshot does not hold."""
+    if snapshot.cluster != "kubernetes":
+        return _of_record(snapshot)
+    scene = find_scene(snapshot, run_id)
+    causes = ranked(cause for finder in FINDERS for cause in finder(scene))
+    if not any(cause for cause in causes if not cause.past and cause.depth is not Depth.follows):
+        causes = ranked([*causes, *ends.verdict_of_controller(scene), *_silence(scene, causes)])
+    state = scene.state.state
+    return _answer(scene.name, state, _standing(scene), causes, _unread(snapshot))
+
+
+def _of_record(snapshot: Snapshot) -> Answer:
+    facts = snapshot.record.get("facts") or {}
+    causes = ranked(told.of_record(snapshot))
+    state = str(facts.get("state") or "unknown")
+    said = told.progress(facts) or state
+    return _answer(str(snapshot.run_id), state, said, causes, _unread(snapshot))
+
+
+def _answer(run_id: str, state: str, said: str, causes: list[Cause], unread: tuple[str, ...]) -> Answer:
+    now = [cause for cause in causes if not cause.past]
+    earlier = [cause for cause in causes if cause.past]
+    return Answer(run_id, state, said, tuple(map(_named(run_id), now)), tuple(map(_named(run_id), earlier)), unread)
+
+
+def _named(run_id: str):
+    def put(cause: Cause) -> Cause:
+        return replace(cause, way_out=cause.way_out.replace(" ID", f" {run_id}"))
+
+    return put
+
+
+def _standing(scene: Scene) -> str:
+    state, facts = scene.state, scene.record.get("facts") or {}
+    if state.state == "starting" or (state.state == "running" and not scene.settled):
+        ready, many = len([pod for pod in scene.active if is_running(pod)]), max(scene.wanted, len(scene.active))
+        return f"starting: {ready} of {many} pods run" if scene.active else "starting: it has no pod yet"
+    if state.state == "stopped":
+        return "stopped after saving: orchestrator resume goes on with it"
+    return told.progress({**facts, "state": state.state}) or state.state
+
+
+def _silence(scene: Scene, causes: list[Cause]) -> Iterator[Cause]:
+    """A run that should have started long ago, of which nobody says anything."""
+    if any(not cause.past for cause in causes) or scene.state.state != "starting":
+        return
+    waited = scene.now - seconds(scene.run["metadata"].get("creationTimestamp") or "")
+    if waited < LATE_S:
+        return
+    said = f"it has been starting for {waited:.0f} s, and nothing that could be read says why"
+    yield Cause("unknown", said, "kubectl describe its pods; rights to read what is named below", Stage.start,
+                depth=Depth.own, passes=True)  # fmt: skip
+
+
+def _unread(snapshot: Snapshot) -> tuple[str, ...]:
+    return tuple(f"{kind}: {why}" for kind, why in sorted({**snapshot.missing, **snapshot.limits}.items()))

@@ -1,0 +1,448 @@
+"""One change to a healthy cluster each, and the cause that must come first: what keeps a run from starting."""
+
+from __future__ import annotations
+
+from scenes import (
+    GPU,
+    RUN,
+    SPACE,
+    World,
+    claim,
+    condition,
+    event,
+    node,
+    pending,
+    pod,
+    queued,
+    waiting,
+    without_pods,
+    workload,
+)  # fmt: skip
+
+NOT_HELPFUL = "preemption: 0/2 nodes are available: 2 Preemption is not helpful for scheduling."
+NO_VICTIMS = "preemption: 0/2 nodes are available: 2 No preemption victims found for incoming pod."
+NO_FLAVOR = "couldn't assign flavors to pod set main:"
+LACKS_GPU = f"0/2 nodes are available: 2 Insufficient {GPU}. {NO_VICTIMS}"
+
+
+def refused(world: World, text: str) -> None:
+    without_pods(world)
+    world.add("Event", event(world.run, "FailedCreate", f'Error creating: pods "{RUN}-0-" is forbidden: {text}'))
+
+
+def nodes_in_use(world: World) -> None:
+    for one in world.pods:
+        pending(one, LACKS_GPU)
+    for name in ("node-a", "node-b"):
+        other = pod(0, name, suffix=name)
+        other["metadata"] |= {"name": f"other-{name}", "labels": {"orchestrator/run": "other-99999999"}, "uid": name}
+        world.add("Pod", other)
+
+
+def nodes_too_small(world: World) -> None:
+    for one in world.pods:
+        one["spec"]["containers"][0]["resources"]["requests"][GPU] = "16"
+        pending(one, f"0/2 nodes are available: 2 Insufficient {GPU}. {NOT_HELPFUL}")
+
+
+def nodes_not_readable_and_in_use(world: World) -> None:
+    nodes_in_use(world)
+    world.missing["Node"] = "no right to list nodes"
+
+
+def nodes_not_readable_and_too_small(world: World) -> None:
+    nodes_too_small(world)
+    world.missing["Node"] = "no right to list nodes"
+
+
+def nodes_tainted(world: World) -> None:
+    for one in world.objects["Node"]:
+        one["spec"]["taints"] = [{"key": GPU, "value": "present", "effect": "NoSchedule"}]
+    for one in world.pods:
+        pending(one, f"0/2 nodes are available: 2 node(s) had untolerated taint(s). {NOT_HELPFUL}")
+
+
+def nodes_tainted_and_not_readable(world: World) -> None:
+    nodes_tainted(world)
+    world.missing["Node"] = "no right to list nodes"
+
+
+def tainted_beside_full_ones(world: World) -> None:
+    """20 empty nodes have a taint, two that would do are full: the taint keeps more away."""
+    nodes_in_use(world)
+    for number in range(20):
+        world.add("Node", node(f"fake-{number}", taints=[{"key": "pool", "value": "a100", "effect": "NoSchedule"}]))
+    text = (
+        f"0/22 nodes are available: 2 Insufficient {GPU}, 20 node(s) had untolerated taint(s). preemption: 0/22 nodes "
+    )
+    text += (
+        "are available: 2 No preemption victims found for incoming pod, 20 Preemption is not helpful for scheduling."
+    )
+    for one in world.pods:
+        pending(one, text)
+
+
+def full_beside_small_tainted_ones(world: World) -> None:
+    """Three control planes without GPUs have a taint: tolerating it would not help."""
+    nodes_in_use(world)
+    for number in range(3):
+        taint = {"key": "node-role.kubernetes.io/control-plane", "effect": "NoSchedule"}
+        world.add("Node", node(f"control-{number}", gpus=0, taints=[taint]))
+    for one in world.pods:
+        pending(one, f"0/5 nodes are available: 2 Insufficient {GPU}, 3 node(s) had untolerated taint(s). {NO_VICTIMS}")
+
+
+def wrong_label(world: World) -> None:
+    for one in world.pods:
+        one["spec"]["nodeSelector"] = {"pool": "h100"}
+        text = f"0/2 nodes are available: 2 node(s) didn't match Pod's node affinity/selector. {NOT_HELPFUL}"
+        pending(one, text)
+
+
+def wrong_affinity(world: World) -> None:
+    rule = {"matchExpressions": [{"key": "pool", "operator": "In", "values": ["h100"]}]}
+    for one in world.pods:
+        one["spec"]["affinity"] = {
+            "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [rule]}}
+        }
+        pending(one, f"0/2 nodes are available: 2 node(s) didn't match Pod's node affinity/selector. {NOT_HELPFUL}")
+
+
+def cordoned(world: World) -> None:
+    for one in world.objects["Node"]:
+        one["spec"]["unschedulable"] = True
+        one["spec"]["taints"] = [{"key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule"}]
+    for one in world.pods:
+        pending(one, f"0/2 nodes are available: 2 node(s) were unschedulable. {NOT_HELPFUL}")
+
+
+def gated(world: World) -> None:
+    for one in world.pods:
+        one["spec"]["schedulingGates"] = [{"name": "example.com/wait"}]
+        pending(one, "Scheduling is blocked due to non-empty scheduling gates", "SchedulingGated")
+
+
+def quota(world: World) -> None:
+    asked = f"requested: requests.{GPU}=8, used: requests.{GPU}=8, limited: requests.{GPU}=8"
+    refused(world, f"exceeded quota: team, {asked}")
+    hard = {f"requests.{GPU}": "8"}
+    world.add(
+        "ResourceQuota", {"metadata": {"name": "team"}, "spec": {"hard": hard}, "status": {"hard": hard, "used": hard}}
+    )
+
+
+def quota_for_the_second_pod(world: World) -> None:
+    """One pod was made in the same second in which the other was refused."""
+    quota(world)
+    first = pod(0, "node-a", owner=world.run)
+    first["metadata"]["creationTimestamp"] = "2026-01-01T10:05:00Z"
+    world.add("Pod", first)
+
+
+def quota_wants_limits(world: World) -> None:
+    refused(world, "failed quota: compute: must specify limits.cpu for: node; requests.cpu for: node")
+
+
+def limit_range(world: World) -> None:
+    refused(world, "maximum memory usage per Container is 4Gi, but limit is 8Gi")
+    limits = [{"type": "Container", "max": {"memory": "4Gi"}}]
+    world.add("LimitRange", {"metadata": {"name": "small"}, "spec": {"limits": limits}})
+
+
+def pod_security(world: World) -> None:
+    refused(
+        world,
+        'violates PodSecurity "restricted:latest": unrestricted capabilities (container "node" must not include '
+        '"IPC_LOCK" in securityContext.capabilities.add)',
+    )
+
+
+def webhook(world: World) -> None:
+    without_pods(world)
+    text = 'Error creating: admission webhook "policy.example.com" denied the request: label cost-centre is missing'
+    world.add("Event", event(world.run, "FailedCreate", text))
+
+
+def webhook_down(world: World) -> None:
+    without_pods(world)
+    text = 'Error creating: Internal error occurred: failed calling webhook "mpod.kb.io": failed to call webhook: Post '
+    text += (
+        '"https://kueue-webhook-service.kueue-system.svc:443/mutate--v1-pod?timeout=10s": dial tcp: connection refused'
+    )
+    world.add("Event", event(world.run, "FailedCreate", text))
+
+
+def account(world: World) -> None:
+    refused(world, f'error looking up service account {SPACE}/trainer: serviceaccount "trainer" not found')
+
+
+def priority(world: World) -> None:
+    world.add("PriorityClass", {"metadata": {"name": "high"}, "value": 1000})
+    refused(world, "no PriorityClass with name hihg was found")
+
+
+def no_secret(world: World) -> None:
+    world.objects["Secret"] = []
+    for one in world.pods:
+        waiting(one, "ContainerCreating")
+        text = 'MountVolume.SetUp failed for volume "secret-tracking" : secret "wandb" not found'
+        world.add("Event", event(one, "FailedMount", text))
+
+
+def no_key(world: World) -> None:
+    for one in world.pods:
+        waiting(one, "ContainerCreating")
+        text = 'MountVolume.SetUp failed for volume "secret-tracking" : references non-existent secret key: token'
+        world.add("Event", event(one, "FailedMount", text))
+
+
+def no_secret_in_environment(world: World) -> None:
+    for one in world.pods:
+        waiting(one, "CreateContainerConfigError", 'secret "wandb" not found')
+
+
+def no_config_map(world: World) -> None:
+    world.objects["ConfigMap"] = []
+    for one in world.pods:
+        waiting(one, "ContainerCreating")
+        text = f'MountVolume.SetUp failed for volume "run" : configmap "run-{RUN}" not found'
+        world.add("Event", event(one, "FailedMount", text))
+
+
+def no_claim(world: World) -> None:
+    world.objects["PersistentVolumeClaim"] = []
+    for one in world.pods:
+        pending(one, f'0/2 nodes are available: persistentvolumeclaim "runs" not found. {NOT_HELPFUL}')
+
+
+def claim_without_class(world: World) -> None:
+    world.objects["PersistentVolumeClaim"] = [claim("runs", "Pending", "fats")]
+    about = {"kind": "PersistentVolumeClaim", **world.objects["PersistentVolumeClaim"][0]}
+    world.add("Event", event(about, "ProvisioningFailed", 'storageclass.storage.k8s.io "fats" not found'))
+    for one in world.pods:
+        pending(one, f"0/2 nodes are available: pod has unbound immediate PersistentVolumeClaims. {NOT_HELPFUL}")
+
+
+def claim_without_volume(world: World) -> None:
+    world.objects["PersistentVolumeClaim"] = [claim("runs", "Pending")]
+    about = {"kind": "PersistentVolumeClaim", **world.objects["PersistentVolumeClaim"][0]}
+    text = "no persistent volumes available for this claim and no storage class is set"
+    world.add("Event", event(about, "FailedBinding", text, kind="Normal"))
+    for one in world.pods:
+        pending(one, f"0/2 nodes are available: pod has unbound immediate PersistentVolumeClaims. {NOT_HELPFUL}")
+
+
+def claim_lost(world: World) -> None:
+    world.objects["PersistentVolumeClaim"] = [claim("runs", "Lost")]
+    for one in world.pods:
+        pending(one, f"0/2 nodes are available: pod has unbound immediate PersistentVolumeClaims. {NOT_HELPFUL}")
+
+
+def volume_busy(world: World) -> None:
+    for one in world.pods[1:]:
+        waiting(one, "ContainerCreating")
+        text = 'Multi-Attach error for volume "pvc-1" Volume is already used by pod(s) other-0'
+        world.add("Event", event(one, "FailedAttachVolume", text))
+
+
+def _pull(world: World, reason: str, text: str) -> None:
+    for one in world.pods:
+        waiting(one, reason, text)
+        world.add(
+            "Event", event(one, "Failed", f'Failed to pull image "{one["spec"]["containers"][0]["image"]}": {text}')
+        )
+
+
+def image_absent(world: World) -> None:
+    text = (
+        'Back-off pulling image "registry.example/train:v9": ErrImagePull: rpc error: code = NotFound desc = failed to '
+    )
+    text += 'pull and unpack image "registry.example/train:v9": registry.example/train:v9: not found'
+    _pull(world, "ImagePullBackOff", text)
+
+
+def image_denied(world: World) -> None:
+    text = "failed to authorize: failed to fetch anonymous token: unexpected status from GET request: 401 Unauthorized"
+    _pull(world, "ErrImagePull", text)
+
+
+def registry_away(world: World) -> None:
+    text = 'failed to do request: Head "https://127.0.0.1:5/v2/none/manifests/1": dial tcp 127.0.0.1:5: connect: '
+    text += "connection refused"
+    _pull(world, "ErrImagePull", text)
+
+
+def image_name(world: World) -> None:
+    for one in world.pods:
+        waiting(one, "InvalidImageName", 'Failed to apply default image tag "a b": couldn\'t parse image name "a b"')
+
+
+def no_program(world: World) -> None:
+    text = 'failed to create containerd task: failed to create shim task: OCI runtime create failed: exec: "trainer": '
+    text += "executable file not found in $PATH"
+    for one in world.pods:
+        state = {
+            "terminated": {
+                "exitCode": 128,
+                "reason": "StartError",
+                "message": text,
+                "finishedAt": "2026-01-01T10:01:00Z",
+            }
+        }
+        one["status"]["containerStatuses"] = [{"name": "node", "state": state}]
+        one["status"]["phase"] = "Failed"
+    world.run["status"] = {"failed": 2}
+    world.record = {}
+
+
+def queue_full(world: World) -> None:
+    queued(
+        world,
+        f"couldn't assign flavors to pod set main: insufficient unused quota for {GPU} in flavor a100, 12 more needed",
+    )
+    world.add("Workload", workload("big-11111111", holds=12, at="2026-01-01T08:00:00Z"))
+    world.add("Workload", workload("first-22222222", at="2026-01-01T09:00:00Z", conditions=[]))
+    world.add("Workload", workload("later-33333333", at="2026-01-01T10:05:00Z", conditions=[]))
+
+
+def queue_waits_its_turn(world: World) -> None:
+    queued(world, "")
+    world.add("Workload", workload("first-22222222", at="2026-01-01T09:00:00Z", conditions=[]))
+
+
+def queue_too_small(world: World) -> None:
+    queued(world, f"{NO_FLAVOR} insufficient quota for {GPU} in flavor a100, request > maximum capacity (32 > 16)")
+
+
+def one_flavor_too_small(world: World) -> None:
+    """The other flavor is only full, so waiting helps."""
+    text = f"insufficient quota for {GPU} in flavor t4, request > maximum capacity (16 > 4), insufficient unused quota for "
+    queued(world, f"{NO_FLAVOR} {text}{GPU} in flavor a100, 8 more needed")
+
+
+def queue_missing(world: World) -> None:
+    queued(world, "LocalQueue gpu doesn't exist", reason="Inadmissible")
+
+
+def queue_inactive(world: World) -> None:
+    queued(world, "ClusterQueue team is inactive", reason="Inadmissible")
+    text = "Can't admit new workloads: is stopped."
+    world.objects["ClusterQueue"][0]["status"]["conditions"] = [condition("Active", "False", "Stopped", text)]
+    world.objects["ClusterQueue"][0]["spec"]["stopPolicy"] = "Hold"
+
+
+def queue_closed(world: World) -> None:
+    queued(world, "Workload namespace doesn't match ClusterQueue selector")
+
+
+def queue_ignores(world: World) -> None:
+    queued(world, "")
+    world.objects["Workload"] = []
+
+
+def preempted_in_the_queue(world: World) -> None:
+    by = workload("urgent-44444444", priority=1000, holds=16)
+    why = (
+        f"Preempted to accommodate a workload (UID: {by['metadata']['uid']}) due to prioritization in the ClusterQueue"
+    )
+    text = (
+        f"couldn't assign flavors to pod set main: insufficient unused quota for {GPU} in flavor a100, 16 more needed"
+    )
+    queued(
+        world,
+        text,
+        condition("Evicted", "True", "Preempted", why),
+        condition("Preempted", "True", "InClusterQueue", why),
+    )
+    world.add("Workload", by)
+
+
+def admission_check(world: World) -> None:
+    own = queued(world, "")
+    reserved = condition("QuotaReserved", "True", "QuotaReserved", "Quota reserved in ClusterQueue team")
+    own["status"] = {
+        "conditions": [reserved, condition("Admitted", "False", "NoChecks")],
+        "admissionChecks": [
+            {"name": "capacity", "state": "Pending", "message": "the cloud has no a100 in this zone now"}
+        ],
+    }
+
+
+def ray_worker_pending(world: World) -> None:
+    """A RayJob whose worker finds no node."""
+    job = world.objects["Job"].pop()
+    ray = world.add("RayJob", {**job, "kind": "RayJob", "spec": {"suspend": False}, "status": {
+        "jobDeploymentStatus": "Initializing", "rayClusterName": f"{RUN}-x"}})  # fmt: skip
+    cluster = world.add(
+        "RayCluster", {"metadata": {**pod(0, None, owner=ray)["metadata"], "name": f"{RUN}-x", "uid": "uid-x"}}
+    )
+    for one in world.pods:
+        one["metadata"]["ownerReferences"] = [
+            {"kind": "RayCluster", "name": f"{RUN}-x", "uid": "uid-x", "controller": True}
+        ]
+    pending(world.pods[1], LACKS_GPU)
+    world.objects["Node"] = world.objects["Node"][:1]
+    assert cluster["kind"] == "RayCluster"
+    world.record = {}
+
+
+def no_service(world: World) -> None:
+    world.objects["Service"] = []
+    world.record = {"facts": {"state": "running"}}
+
+
+def service_selects_nothing(world: World) -> None:
+    world.objects["Service"][0]["spec"]["selector"] = {"orchestrator/run": "another-11111111"}
+    world.record = {"facts": {"state": "running"}}
+
+
+CASES = (
+    (nodes_in_use, "resources-in-use", ("other-99999999 (16)", "2 nodes would do")),
+    (nodes_too_small, "resources-too-small", ("16 GPU", "largest of 2 nodes has 8", "Node node-")),
+    (nodes_not_readable_and_in_use, "resources-in-use", ("no node has 8 GPU free",)),
+    (nodes_not_readable_and_too_small, "resources-too-small", ("16 GPU",)),
+    (nodes_tainted, "taints", (f"{GPU}=present:NoSchedule", "cluster.tolerations")),
+    (nodes_tainted_and_not_readable, "taints", ("2 nodes have a taint",)),
+    (tainted_beside_full_ones, "taints", ("20 nodes", "pool=a100:NoSchedule")),
+    (full_beside_small_tainted_ones, "resources-in-use", ("other-99999999",)),
+    (wrong_label, "affinity", ("pool=h100", "pool: a100")),
+    (wrong_affinity, "affinity", ("2 nodes",)),
+    (cordoned, "nodes-cordoned", ("2 nodes",)),
+    (gated, "scheduling-gates", ("example.com/wait",)),
+    (quota, "quota-exceeded", ("quota team", "8 requests.nvidia.com/gpu more", "8 of 8", "ResourceQuota team")),
+    (quota_for_the_second_pod, "quota-exceeded", ("quota team",)),
+    (quota_wants_limits, "quota-exceeded", ("limits.cpu",)),
+    (limit_range, "limit-range", ("at the maximum 4Gi memory per Container", "limit is 8Gi", "LimitRange small")),
+    (pod_security, "pod-security", ("restricted:latest", "unrestricted capabilities", "Namespace training")),
+    (webhook, "webhook-refusal", ("policy.example.com", "cost-centre")),
+    (webhook_down, "webhook-down", ("mpod.kb.io",)),
+    (account, "account-missing", ("trainer",)),
+    (priority, "priority-missing", ("hihg", "high")),
+    (no_secret, "secret-missing", ("no secret wandb", "tracking.secret")),
+    (no_key, "secret-missing", ("secret wandb has no key token",)),
+    (no_secret_in_environment, "secret-missing", ("no secret wandb",)),
+    (no_config_map, "config-map-missing", (f"run-{RUN}",)),
+    (no_claim, "claim-missing", ("no claim runs", "cluster.volumes")),
+    (claim_without_class, "claim-unbound", ("no storage class fats", "shared")),
+    (claim_without_volume, "claim-unbound", ("no persistent volumes available",)),
+    (claim_lost, "claim-lost", ("runs",)),
+    (volume_busy, "volume-busy", ("Multi-Attach",)),
+    (image_absent, "wrong-image", ("no such image",)),
+    (image_denied, "wrong-image", ("does not let the node read it", "cluster.pull_secrets")),
+    (registry_away, "wrong-image", ("does not answer",)),
+    (image_name, "wrong-image", ("no name of an image",)),
+    (no_program, "command-missing", ("trainer", "cluster.python")),
+    (queue_full, "queue-full", ("big-11111111 (12 GPU)", "1 before it: first-22222222", "12 of 16 GPU taken")),
+    (queue_waits_its_turn, "queue-full", ("1 before it: first-22222222",)),
+    (queue_too_small, "queue-too-small", ("asks for 32 GPU", "at most 16")),
+    (one_flavor_too_small, "queue-full", ("8 GPU more needed",)),
+    (queue_missing, "queue-missing", ("LocalQueue gpu",)),
+    (queue_inactive, "queue-stopped", ("is stopped",)),
+    (queue_closed, "queue-closed", ("team", SPACE)),
+    (queue_ignores, "queue-ignores-it", ("gpus", "Job")),
+    (preempted_in_the_queue, "preempted", ("by urgent-44444444", "priority 1000 over 0")),
+    (admission_check, "admission-check", ("no a100 in this zone",)),
+    (ray_worker_pending, "resources-in-use", ("GPU",)),
+    (no_service, "service-missing", (RUN,)),
+    (service_selects_nothing, "service-missing", ("selects none",)),
+)  # fmt: skip
