@@ -103,7 +103,7 @@ def _end(name: str, node: str, ended: Object) -> End:
     code, error = told.get("exit_code", ended["exitCode"]), told.get("error")
     if ended.get("reason") == "OOMKilled":
         code, error = KILLED, "out of memory: the kernel killed it at its limit (OOMKilled)"
-    elif not error and ended["exitCode"]:
+    elif not told and ended["exitCode"]:
         error = (ended.get("message") or "").strip()[-300:] or None
     at = str(ended.get("finishedAt") or "")
     return End(name, node, int(code), told.get("attempt"), told.get("rank"), error, at)
