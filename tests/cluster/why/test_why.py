@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from ended_runs import CASES as ENDED
+from queued_runs import CASES as QUEUED
 from scenes import World, healthy
 from stuck_runs import CASES as STUCK
 
@@ -21,7 +22,7 @@ def answer(change: Callable[[World], object] | None = None) -> Answer:
     return explain(world.snapshot())
 
 
-CASES = (*STUCK, *ENDED)
+CASES = (*QUEUED, *STUCK, *ENDED)
 
 
 @pytest.mark.parametrize(("change", "cause", "words"), CASES, ids=[case[0].__name__ for case in CASES])
