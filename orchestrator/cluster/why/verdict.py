@@ -10,7 +10,7 @@ from orchestrator.cluster.kubernetes.pods import is_running
 from orchestrator.cluster.snapshot import Snapshot
 from orchestrator.cluster.why import creation, ends, meeting, placing, queues, starting, told, volumes
 from orchestrator.cluster.why.cause import Cause, Depth, Stage, ranked
-from orchestrator.cluster.why.scene import Scene, find_scene, seconds
+from orchestrator.cluster.why.scene import Scene, find_scene, of_event, of_object, seconds
 from orchestrator.errors import EXIT_DONE, EXIT_TRANSIENT, EXIT_USER
 
 FINDERS = (
@@ -101,8 +101,9 @@ def _silence(scene: Scene, causes: list[Cause]) -> Iterator[Cause]:
     if waited < LATE_S:
         return
     said = f"it has been starting for {waited:.0f} s, and nothing that could be read says why"
-    yield Cause("unknown", said, "kubectl describe its pods; rights to read what is named below", Stage.start,
-                depth=Depth.own, passes=True)  # fmt: skip
+    last = tuple(map(of_event, scene.events[-2:])) or (of_object(scene.run, "status", scene.run.get("status") or {}),)
+    way_out = "kubectl describe its pods; rights to read what is named below"
+    yield Cause("unknown", said, way_out, Stage.start, last, Depth.own, passes=True)
 
 
 def _unread(snapshot: Snapshot) -> tuple[str, ...]:
