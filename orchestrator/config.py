@@ -466,6 +466,7 @@ class RunConfig:
     """First part of the run id: lower case, digits and hyphens."""
     seed: int
     runs_dir: str
+    """Folder of runs; with cluster=kubernetes also an object store, e.g. s3://bucket/runs."""
     data_dir: str
     """Where the presets of `data/` look for shards."""
     init_from: str | None

@@ -109,7 +109,10 @@ def _require_code(cluster: ClusterConfig, archive: str | None) -> None:
 
 def _require_places(config: RunConfig, initial: str | None) -> None:
     """Every file lies where all nodes find it, and the run's folder where it outlives them."""
-    _require_place(config, "runs_dir", config.runs_dir, writable=True)
+    if "://" in config.runs_dir:
+        _require_store(config, config.runs_dir)
+    else:
+        _require_place(config, "runs_dir", config.runs_dir, writable=True)
     inputs = {
         "data.train": config.data.train,
         "data.val": config.data.val,
@@ -121,14 +124,24 @@ def _require_places(config: RunConfig, initial: str | None) -> None:
             _require_place(config, key, place)
     mirror = config.checkpointing.mirror
     if mirror is not None:
-        _require_place(config, "checkpointing.mirror", mirror, writable=True, store=True)
+        _require_place(config, "checkpointing.mirror", mirror, writable=True)
 
 
-def _require_place(config: RunConfig, key: str, place: str, writable: bool = False, store: bool = False) -> None:
+def _require_store(config: RunConfig, place: str) -> None:
+    """An object store as the place of runs: for nodes whose launchers are ours."""
+    key, cluster, mirror = "runs_dir", config.cluster, config.checkpointing.mirror
+    known = re.fullmatch(r"(s3|gs|az)://[^/]+(/.*)?", place) is not None
+    require(known, key, place, "is neither a folder nor a store of s3, gs or az", f"e.g. {key}=s3://BUCKET/runs")
+    of_ray = cluster.where is Where.ray or cluster.kind is JobKind.rayjob
+    rule = "is an object store, and the processes of Ray meet in a folder that all of them see"
+    require(not of_ray, key, place, rule, f"{key}=/PATH on such a disk; checkpointing.mirror={place}")
+    rule = f"is another place for what runs_dir = {place} keeps already"
+    require(mirror is None, "checkpointing.mirror", mirror, rule, "leave it out")
+
+
+def _require_place(config: RunConfig, key: str, place: str, writable: bool = False) -> None:
     path = place.removeprefix("file://")
     if "://" in path or path.startswith("pipe:"):
-        rule = "is an object store, which keeps checkpoints (checkpointing.mirror) but not the folder of a run"
-        require(not writable or store, key, place, rule, _way_out(config.cluster, key, writable=True))
         return
     rule = "is relative to a folder of this machine, which the nodes do not have"
     require(path.startswith("/"), key, place, rule, _way_out(config.cluster, key, writable))
@@ -152,7 +165,8 @@ def _way_out(cluster: ClusterConfig, key: str, writable: bool) -> str:
         return f"{key}={known[0].rstrip('/')}/..." + ("" if writable else ", or an URL")
     name = key.replace("_", "-").partition(".")[0]
     claim = f"{{claim: {name}, path: /{name}, read_only: {str(not writable).lower()}}}"
-    return f"e.g. 'cluster.volumes=[{claim}]' {key}=/{name}"
+    store = f"; or {key}=s3://BUCKET/runs" if key == "runs_dir" else ""
+    return f"e.g. 'cluster.volumes=[{claim}]' {key}=/{name}{store}"
 
 
 def _require_references(config: RunConfig) -> None:

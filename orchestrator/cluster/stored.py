@@ -32,6 +32,7 @@ UNSENT_ENDS = (".heartbeat", ".stacks", ".tmp")
 """What only a living launcher reads."""
 RANK_EVENTS = re.compile(r"events/rank_(\d+)\.jsonl")
 ATTEMPT = re.compile(r"logs/attempt_(\d+)/")
+FIRST_S = 1.0
 PAUSE_S = 5.0
 SHARE = 10
 """Big records are sent more seldom: at most a tenth of the time goes to that."""
@@ -175,7 +176,7 @@ class StoredRecord:
             self._thread.start()
 
     def _serve(self) -> None:
-        pause_s = PAUSE_S
+        pause_s = FIRST_S
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._closed or self._served < self._asked, pause_s)

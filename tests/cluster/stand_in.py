@@ -40,6 +40,13 @@ def node_rank(bundle: str, attempt: int, began: float) -> None:
     rank(str(load_bundle(Path(bundle)).folder / "script.json"), attempt, began)
 
 
+def doomed(bundle: str, attempt: int, began: float) -> None:
+    """The same entry, of a run in which one rank always fails at one step, whatever lies in its folder."""
+    folder, world = load_bundle(Path(bundle)).folder, read_world()
+    script = {"steps": 10, "blows": [{"do": "raise", "where": "step", "step": 7, "rank": 1}]}
+    sys.exit(supervise(folder, world, attempt, lambda _: Job(folder, world, attempt, script).run()))
+
+
 def mute(script: str, attempt: int, began: float) -> None:
     """An entry that gives no sign of life at all."""
     time.sleep(FOREVER_S)
