@@ -80,6 +80,9 @@ class ClusterConfig:
     code: CodeSource
     code_files: list[str]
     """Files and folders besides those that git tracks, relative to the checkout."""
+    code_store: str | None
+    """Where an archive of the code goes that is too large for an object of Kubernetes, e.g. s3://BUCKET/code; none: to
+    runs_dir or checkpointing.mirror, if one is a store."""
     volumes: list[VolumeConfig]
     env: list[str]
     """Variables of the workers, NAME=VALUE; never secrets, which anybody may read here."""
@@ -162,6 +165,9 @@ class ClusterConfig:
             value = getattr(self, field)
             ok = value is None or re.fullmatch(NAME, value) is not None
             require(ok, f"cluster.{field}", value, "must be the name of an object", f"e.g. cluster.{field}=training")
+        known = self.code_store is None or re.fullmatch(r"(s3|gs|az)://[^/]+(/.*)?", self.code_store) is not None
+        rule = "must be a store of s3, gs or az"
+        require(known, "cluster.code_store", self.code_store, rule, "e.g. cluster.code_store=s3://BUCKET/code")
         paths = [volume.path for volume in self.volumes]
         twice = next((path for path in paths if paths.count(path) > 1), None)
         require(twice is None, "cluster.volumes", twice, "is mounted twice", "one claim for each path")

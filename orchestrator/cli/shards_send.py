@@ -18,6 +18,7 @@ def send(cluster: ClusterConfig, args: argparse.Namespace) -> int:
     from orchestrator.bundle import imported_code
     from orchestrator.cli.submit import Parcel, deliver
     from orchestrator.cluster.code import archive_of
+    from orchestrator.cluster.kubernetes.code_store import placed
     from orchestrator.cluster.shard_job import shard_job_of
 
     packing, code = packing_of(args), imported_code()
@@ -27,7 +28,7 @@ def send(cluster: ClusterConfig, args: argparse.Namespace) -> int:
     spec = shard_job_of(cluster, packing, archive.digest if archive else None, code)
     if args.workers is None:
         note("packs in 1 process; --workers N gets N times cluster.cpus_per_process and memory_gib_per_process")
-    return deliver(Parcel(spec, archive, cluster, ""), args)
+    return deliver(Parcel(placed(spec, archive, cluster, cluster.code_store), archive, cluster, ""), args)
 
 
 def packing_of(args: argparse.Namespace) -> Packing:

@@ -96,6 +96,10 @@ def parcel_of(bundle: Bundle) -> Parcel:
     sets = _look_at_data(bundle.config)
     archive = archive_of(cluster.code_files) if cluster.code is CodeSource.archive else None
     spec = job_of(bundle, archive and archive.digest, sets and sets.facts())
+    if cluster.where is Where.kubernetes:
+        from orchestrator.cluster.kubernetes.code_store import placed, store_of
+
+        spec = placed(spec, archive, cluster, store_of(bundle.config))
     return Parcel(spec, archive, cluster, bundle.config.runs_dir)
 
 
@@ -124,6 +128,8 @@ def _show(parcel: Parcel, args: argparse.Namespace) -> int:
     kind, why, where = _kind_of(parcel.cluster, parcel.spec)
     objects = render(parcel.spec, kind, parcel.content)
     note(f"{parcel.run_id}: {kind.name} ({why}), to {where}")
+    if parcel.spec.archive_url:
+        note(f"the code goes to {parcel.spec.archive_url} when this command sends the job; kubectl does not bring it")
     if args.manifest:
         args.manifest.write_text(to_yaml(objects))
         note(f"{len(objects)} objects in {args.manifest}, nothing was sent: kubectl create -f {args.manifest} does")
@@ -195,6 +201,11 @@ def _to_kubernetes(parcel: Parcel) -> dict[str, Any]:
     from orchestrator.cluster.kubernetes.submit import submit
 
     api = connect(parcel.cluster.context, parcel.cluster.namespace)
+    if parcel.content and parcel.spec.archive_url:
+        from orchestrator.cluster.kubernetes.code_store import upload
+
+        is_new = upload(parcel.content, parcel.spec.archive_url)
+        note(f"code: {'went' if is_new else 'had gone'} to {parcel.spec.archive_url}")
     sent = submit(api, parcel.spec, parcel.content)
     for said in sent.notes:
         note(said)

@@ -60,6 +60,8 @@ class Archive:
     source: str
     """What it was made of, in words."""
     left_out: tuple[str, ...]
+    largest: tuple[tuple[str, int], ...] = ()
+    """The largest files and their bytes, unpacked."""
 
     def __str__(self) -> str:
         return f"{self.files} files, {len(self.content) / 1024:.0f} KiB, sha256 {self.digest[:12]}, {self.source}"
@@ -102,7 +104,8 @@ def archive_of(code_files: Sequence[str], root: Path | None = None) -> Archive:
     _require_clean(scan(files))
     content = pack(files)
     source = _source(root) if in_git else "of the installed package"
-    return Archive(content, hashlib.sha256(content).hexdigest(), len(files), source, tuple(left_out))
+    largest = sorted(((path, len(text)) for path, text in files), key=lambda one: -one[1])[:SHOWN]
+    return Archive(content, hashlib.sha256(content).hexdigest(), len(files), source, tuple(left_out), tuple(largest))
 
 
 def _scan_file(path: str, content: bytes) -> Iterator[Leak]:

@@ -109,6 +109,8 @@ class JobSpec:
     ttl_s: float
     avoid_nodes: tuple[str, ...] = ()
     """Names of nodes that a rank reported unfit (44)."""
+    archive_url: str | None = None
+    """Where in an object store the archive is; None: in an object of the cluster."""
     component: str = TRAINS
     """What the pods do."""
 

@@ -74,10 +74,16 @@ def _capped(spec: JobSpec) -> dict[str, Any]:
 
 
 def _code(spec: JobSpec) -> list[Mounted]:
-    """The archive itself is mounted by the container that unpacks it."""
-    archive = {"name": "code-archive", "configMap": {"name": code_name(spec.archive_digest or "")}}
+    """The archive itself is mounted by the containers that bring and unpack it."""
+    source = {"emptyDir": {}} if spec.archive_url else {"configMap": {"name": code_name(spec.archive_digest or "")}}
+    archive = {"name": "code-archive", **source}
     code = Mounted({"name": "code", "emptyDir": {}}, [{"name": "code", "mountPath": CODE_FOLDER, "readOnly": True}])
     return [Mounted(archive, []), code]
+
+
+def keys_mount(spec: JobSpec) -> list[dict[str, Any]]:
+    """How a container sees the keys of the store."""
+    return [mount for one in spec.secrets if one.purpose == "store" for mount in _secret(one).mounts]
 
 
 def _secret(secret: SecretFile) -> Mounted:

@@ -6,13 +6,15 @@ import posixpath
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from orchestrator.cluster.job import CODE_FOLDER, MASTER_PORT, JobSpec, Resources
-from orchestrator.cluster.kubernetes import placing
-from orchestrator.cluster.kubernetes.mounts import ARCHIVE, ARCHIVE_FOLDER, HOME, bytes_of, mounted
+from orchestrator.cluster.kubernetes import fetch, placing, unpack
+from orchestrator.cluster.kubernetes.mounts import ARCHIVE, ARCHIVE_FOLDER, HOME, bytes_of, keys_mount, mounted
 from orchestrator.cluster.kubernetes.resources import PRODUCT, RUN
 from orchestrator.cluster.kubernetes.templates import template
+from orchestrator.data import objects
 
 COMPONENT = "app.kubernetes.io/component"
 """Label that tells the pods of a run apart: `node` trains."""
@@ -64,7 +66,7 @@ def pod(spec: JobSpec, part: Part) -> dict[str, Any]:
         spread=placing.spread(spec, trained(spec)) if trains else None,
         tolerations=placing.tolerations(spec),
         user_id=spec.user_id,
-        init_containers=[_unpack(spec)] if spec.archive_digest else None,
+        init_containers=_setup(spec),
         container=part.container,
         image=spec.image,
         command=[verbatim(word) for word in part.command],
@@ -140,17 +142,31 @@ def verbatim(text: str) -> str:
     return text.replace("$(", "$$(")
 
 
-def _unpack(spec: JobSpec) -> dict[str, Any]:
-    """The image's interpreter and its standard library, isolated from everything else."""
-    text = (Path(__file__).parent / "unpack.py").read_text()
-    arguments = [f"{ARCHIVE_FOLDER}/{ARCHIVE}", spec.archive_digest, CODE_FOLDER]
+def _setup(spec: JobSpec) -> list[dict[str, Any]]:
+    """What runs before the node starts: the image's interpreter, isolated from everything else."""
+    if not spec.archive_digest:
+        return []
     lean = replace(spec.resources, gpus=0, rdma=None)
-    return template(
-        "unpack",
-        image=spec.image,
-        command=[verbatim(word) for word in (spec.python, "-I", "-c", text, *arguments)],
-        resources=requirements(lean),
-        container_security=_security(lean),
-        archive_folder=ARCHIVE_FOLDER,
-        code_folder=CODE_FOLDER,
-    )
+    shared = {
+        "image": spec.image,
+        "resources": requirements(lean),
+        "container_security": _security(lean),
+        "archive_folder": ARCHIVE_FOLDER,
+    }
+    archive = f"{ARCHIVE_FOLDER}/{ARCHIVE}"
+    unpacking = _isolated(spec, unpack, archive, spec.archive_digest, CODE_FOLDER)
+    last = template("unpack", command=unpacking, code_folder=CODE_FOLDER, **shared)
+    if not spec.archive_url:
+        return [last]
+    keys = next((secret.path for secret in spec.secrets if secret.purpose == "store"), "")
+    fetching = _isolated(spec, fetch, archive, spec.archive_url, keys, _text(objects))
+    return [template("fetch", command=fetching, env=_pairs(spec.env), keys=keys_mount(spec), **shared), last]
+
+
+def _isolated(spec: JobSpec, program: ModuleType, *arguments: str) -> list[str]:
+    """A command that runs the text of a program of ours, which need not be in the image."""
+    return [verbatim(word) for word in (spec.python, "-I", "-c", _text(program), *arguments)]
+
+
+def _text(program: ModuleType) -> str:
+    return Path(str(program.__file__)).read_text()

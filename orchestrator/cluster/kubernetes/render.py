@@ -13,7 +13,6 @@ from orchestrator.cluster.kubernetes.mounts import code_name, run_name
 from orchestrator.cluster.kubernetes.packing import packer
 from orchestrator.cluster.kubernetes.states import QUEUE
 from orchestrator.cluster.kubernetes.templates import template
-from orchestrator.errors import ConfigError
 from orchestrator.options import JobKind
 
 Object = dict[str, Any]
@@ -27,10 +26,11 @@ START_DEADLINE = "orchestrator/start-deadline-s"
 
 
 def render(spec: JobSpec, kind: JobKind, archive: bytes | None = None) -> list[Object]:
-    """`archive`: the code as code.tar.gz; None where the image or the cluster has it already."""
+    """`archive`: the code as code.tar.gz; None where the image or the cluster has it already. One in a store is no
+    object."""
     makers = {JobKind.job: _job, JobKind.jobset: _jobset, JobKind.trainjob: _trainjob, JobKind.rayjob: _rayjob}
     assert kind in makers, "auto has been resolved"
-    code = [code_config_map(spec, archive)] if archive is not None else []
+    code = [code_config_map(spec, archive)] if archive is not None and not spec.archive_url else []
     if spec.component == PACKS:
         return [*code, run_config_map(spec), _packing(spec)]
     return [*code, run_config_map(spec), _network_policy(spec, kind), *makers[kind](spec)]
@@ -60,10 +60,7 @@ def code_config_map(spec: JobSpec, archive: bytes) -> Object:
     """The same for every run with this code, so it bears no run's label."""
     digest = spec.archive_digest
     assert digest is not None, "there is an archive"
-    if len(archive) > LARGEST_ARCHIVE:
-        size, most = f"{len(archive) / 1024:.0f} KiB", LARGEST_ARCHIVE // 1024
-        way_out = "send fewer files (cluster.code_files, .gitignore), or build them into the image: cluster.code=image"
-        raise ConfigError("cluster.code", "archive", f"makes {size}, an object of Kubernetes takes {most}", way_out)
+    assert len(archive) <= LARGEST_ARCHIVE, "a larger one goes to a store"
     product = {key: value for key, value in pod.labels(spec).items() if key != pod.RUN}
     encoded = base64.b64encode(archive).decode()
     return template("code_config_map", name=code_name(digest), labels=product, archive=encoded)

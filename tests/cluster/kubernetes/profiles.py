@@ -50,8 +50,8 @@ def spec_of(*overrides: str) -> JobSpec:
     return job_of(bundle, ARCHIVE if bundle.config.cluster.code.name == "archive" else None)
 
 
-SHARDS = "shards"
-"""A profile that is no training."""
+SHARDS, STORED = "shards", "code_in_a_store"
+"""A profile that is no training, and one whose code no object of the cluster takes."""
 
 
 def packing() -> JobSpec:
@@ -70,6 +70,9 @@ def packing() -> JobSpec:
 
 def profile(name: str) -> JobSpec:
     """Without the config itself, whose keys are no matter of the manifests."""
+    if name == STORED:
+        url = f"s3://code/of-ours/code-{ARCHIVE}.tar.gz"
+        return replace(profile("archive_secrets_volumes"), archive_url=url)
     if name == SHARDS:
         return replace(packing(), run_id=RUN, bundle={"config_hash": CONFIG})
     bundle = {"config_hash": CONFIG, "versions": {"ray": "2.60.0"}}

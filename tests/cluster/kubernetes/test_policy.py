@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import yaml
-from profiles import CODE, KINDS, PROFILES, RUN, SHARDS, pods_of, profile, spec_of
+from profiles import CODE, KINDS, PROFILES, RUN, SHARDS, STORED, pods_of, profile, spec_of
 
 from orchestrator.cluster.kubernetes.mounts import MIB
 from orchestrator.cluster.kubernetes.render import render
 from orchestrator.cluster.kubernetes.templates import to_yaml
 from orchestrator.options import JobKind
 
-EVERY = [*((name, kind) for name in PROFILES for kind in KINDS), (SHARDS, JobKind.job)]
+EVERY = [*((name, kind) for name in PROFILES for kind in KINDS), (SHARDS, JobKind.job), (STORED, JobKind.job)]
 ALLOWED_VOLUMES = {"configMap", "downwardAPI", "emptyDir", "persistentVolumeClaim", "secret"}
 """Of those that the level `restricted` allows."""
 UNITS = {"Mi": MIB, "m": 1e-3}
@@ -66,7 +66,7 @@ def test_images_are_named_by_digest(name: str, kind: JobKind):
 
 @pytest.mark.parametrize(("name", "kind"), EVERY)
 def test_shared_memory_is_sized_and_counted_in_the_limit(name: str, kind: JobKind):
-    memory = {"cpu2": 4, "gpu_queue_spot_rdma": 8 * 32, "archive_secrets_volumes": 4, SHARDS: 2 * 4}[name] * 1024 * MIB
+    gib = {"cpu2": 4, "gpu_queue_spot_rdma": 8 * 32, "archive_secrets_volumes": 4, SHARDS: 2 * 4, STORED: 4}[name]
     for pod in pods(name, kind):
         spec = pod["spec"]
         shm = next(volume["emptyDir"] for volume in spec["volumes"] if volume["name"] == "shm")
@@ -74,7 +74,7 @@ def test_shared_memory_is_sized_and_counted_in_the_limit(name: str, kind: JobKin
         assert amount(shm["sizeLimit"]) >= 64 * MIB
         limits = spec["containers"][0]["resources"]["limits"]
         if pod["metadata"]["labels"]["app.kubernetes.io/component"] in ("node", "shards"):
-            assert amount(limits["memory"]) == memory + amount(shm["sizeLimit"])
+            assert amount(limits["memory"]) == gib * 1024 * MIB + amount(shm["sizeLimit"])
         assert {"name": "shm", "mountPath": "/dev/shm"} in spec["containers"][0]["volumeMounts"]
 
 

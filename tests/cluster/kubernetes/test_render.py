@@ -12,7 +12,7 @@ import pytest
 from profiles import ARCHIVE, CODE, CONFIG, IMAGE, KINDS, PROFILES, RUN, pods_of, profile, spec_of
 
 from orchestrator.bundle import load_bundle
-from orchestrator.cluster.job import JobSpec
+from orchestrator.cluster.job import JobSpec, SecretFile
 from orchestrator.cluster.kubernetes.mounts import bytes_of
 from orchestrator.cluster.kubernetes.pod import cpus_of
 from orchestrator.cluster.kubernetes.render import code_config_map, remarks, render
@@ -159,6 +159,15 @@ SLOTS: list[tuple[str, JobKind, str, str, dict[str, Any], Any]] = [
           ("container_security", "securityContext.capabilities.drop", ["ALL"]),
           ("archive_folder", "volumeMounts.0.mountPath", "/etc/orchestrator/archive"),
           ("code_folder", "volumeMounts.1.mountPath", "/opt/orchestrator/code"))],
+    *[(f"fetch.{slot}", JOB, "Job", f"{POD}.initContainers.0.{path}",
+       {"archive_digest": ARCHIVE, "archive_url": "s3://b/c", "env": {"A": "b"},
+        "secrets": (SecretFile("store", "name", "key"),)}, value)
+      for slot, path, value in (
+          ("image", "image", IMAGE), ("command", "command.5", "s3://b/c"), ("env", "env.0.name", "A"),
+          ("resources", "resources.requests.cpu", "1"),
+          ("container_security", "securityContext.capabilities.drop", ["ALL"]),
+          ("archive_folder", "volumeMounts.0.mountPath", "/etc/orchestrator/archive"),
+          ("keys", "volumeMounts.1.mountPath", "/etc/orchestrator/secrets/store"))],
 ]  # fmt: skip
 
 
@@ -212,11 +221,6 @@ def test_the_code_is_an_immutable_object_of_no_run():
     assert found["metadata"] == {"name": "code-aaaaaaaaaaaa", "labels": {"app.kubernetes.io/name": "orchestrator"}}
     assert found["immutable"] is True
     assert base64.b64decode(found["binaryData"]["code.tar.gz"]) == b"\x00code"
-
-
-def test_code_beyond_what_an_object_takes_is_refused_with_its_size():
-    with pytest.raises(ConfigError, match=r"cluster\.code = archive: makes 901 KiB, .* takes 900"):
-        render(profile("archive_secrets_volumes"), JOB, b"x" * (901 << 10))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

@@ -9,14 +9,14 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from profiles import KINDS, PROFILES, SHARDS, pods_of, profile
+from profiles import KINDS, PROFILES, SHARDS, STORED, pods_of, profile
 from schemas import check_built_in, check_defined
 
 from orchestrator.cluster.kubernetes.render import code_config_map, render
 from orchestrator.options import JobKind
 
 K8S = Path(__file__).parents[3] / "k8s"
-EVERY = [*((name, kind) for name in PROFILES for kind in KINDS), (SHARDS, JobKind.job)]
+EVERY = [*((name, kind) for name in PROFILES for kind in KINDS), (SHARDS, JobKind.job), (STORED, JobKind.job)]
 
 
 @pytest.fixture(params=["rig", "newest"])
