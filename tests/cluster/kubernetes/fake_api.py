@@ -68,7 +68,7 @@ class FakeApi:
         self.served = copy.deepcopy(SERVED)
         self.namespaces = {"default"}
         self.denied: set[tuple[str, str]] = set()
-        """(verb, resource) that the credentials may not."""
+        """(verb, resource) that the credentials may not; `pods of all`: only in all namespaces at once."""
         self.admission: list[Callable[[str, Object], str | None]] = []
         """Each may say why an object that is created is turned down."""
         self.warnings: list[str] = []
@@ -192,7 +192,7 @@ class FakeApi:
                 case "PATCH" if "dryRun" in query:
                     return merge(self.objects[key], body or {})
                 case "PATCH":
-                    return self._store("MODIFIED", key, merge(self.objects[key], body or {}))
+                    return self._store("MODIFIED", key, noted(merge(self.objects[key], body or {}), body or {}))
             uid = ((body or {}).get("preconditions") or {}).get("uid")
             if uid not in (None, self.objects[key]["metadata"]["uid"]):
                 raise Refusal(409, "Conflict", f"Precondition failed: UID in precondition: {uid}", name=name)
@@ -212,11 +212,24 @@ class FakeApi:
         return self._store("ADDED", (*key[:3], name), body)
 
     def _page(self, key: tuple[str, str, str, str], query: dict[str, str]) -> Object:
-        found = [obj for at, obj in sorted(self.objects.items()) if at[:3] == key[:3] and selects(query, obj)]
+        root, space, plural, _ = key
+        found = [obj for at, obj in sorted(self.objects.items())
+                 if (at[0], at[2]) == (root, plural) and space in ("", at[1]) and selects(query, obj)]  # fmt: skip
         start, limit = int(query.get("continue", "0")), int(query.get("limit", "1000"))
         more = {"continue": str(start + limit)} if start + limit < len(found) else {}
         return {"kind": "List", "items": found[start : start + limit],
                 "metadata": {"resourceVersion": str(self.version), **more}}  # fmt: skip
+
+
+def noted(obj: Object, change: Object) -> Object:
+    """As controllers of runs leave it that was just suspended, or let go."""
+    suspend = (change.get("spec") or {}).get("suspend")
+    if suspend is None:
+        return obj
+    status = obj.get("status") or {}
+    others = [one for one in status.get("conditions") or [] if one["type"] != "Suspended"]
+    said = {"type": "Suspended", "status": str(suspend), "reason": "", "message": ""}
+    return {**obj, "status": {**status, "conditions": [*others, said]}}
 
 
 def merge(obj: Object, change: Object) -> Object:

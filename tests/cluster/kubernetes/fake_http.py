@@ -101,7 +101,8 @@ def handler_of(api: FakeApi) -> type[BaseHTTPRequestHandler]:  # noqa: C901
             if verb == "get" and not found["name"]:
                 verb = "watch" if query.get("watch") else "list"
             resource = found["plural"] + (f"/{found['part']}" if found["part"] else "")
-            if (verb, resource) in api.denied:
+            wide = found["namespace"] is None and (verb, f"{resource} of all") in api.denied
+            if wide or (verb, resource) in api.denied:
                 group = found["root"].split("/")[2] if found["root"].startswith("/apis") else ""
                 said = (f'{resource} is forbidden: User "ada" cannot {verb} resource "{resource}" '
                         f'in API group "{group}" in the namespace "{found["namespace"]}"')  # fmt: skip
