@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
@@ -230,6 +231,23 @@ def test_a_secret_in_the_code_stops_a_submission_before_anything_is_sent(
     assert "jobs/node.py:1 (key of AWS)" in typed.err
     assert "AKIA" not in typed.err
     assert kept(server) == {}
+
+
+def test_code_that_no_object_takes_is_refused_by_its_largest_files_or_goes_to_the_store_of_the_run(
+    typed: Typed, server: FakeApi, to_kubernetes: tuple[str, ...], checkout: Path
+) -> None:
+    (checkout / "weights.bin").write_bytes(os.urandom(1 << 20))
+    large = [*to_kubernetes, "cluster.code=archive", "cluster.code_files=[weights.bin]"]
+    assert typed("train", *large) == 42
+    assert (
+        "cluster.code = archive: makes 1025 KiB, an object of Kubernetes takes 900; the largest of its 3 files: "
+        in (typed.err)
+    )
+    assert "weights.bin (1024 KiB)" in typed.err
+    assert kept(server) == {}
+    assert typed("train", *large, "checkpointing.mirror=s3://bucket/runs", "--dry-run") == 0, typed.err
+    assert "the code goes to s3://bucket/runs/code-" in typed.err
+    assert "name: fetch-code" in typed.out
 
 
 def test_data_that_is_reached_from_here_is_checked_and_data_that_is_not_is_said(
