@@ -35,6 +35,8 @@ POLL_S = 0.5
 MARGIN_S = 60.0
 """Beyond their grace period, that pods may take to go."""
 UNMARK: Object = {"metadata": {"annotations": {STOPPED: None}}}
+NOTED_S = 10.0
+"""In which a controller says that it has suspended a run; pods may come until then."""
 QUEUE_S = 10.0
 """In which Kueue takes note of a run."""
 SERVER_OWNED = ("uid", "resourceVersion", "creationTimestamp", "generation", "managedFields", "ownerReferences",
@@ -44,8 +46,7 @@ OF_A_JOB = ("controller-uid", "batch.kubernetes.io/controller-uid", "job-name", 
 
 
 def suspend(api: Api, found: Found, now: bool) -> None:
-    """Let the ranks save and go, or kill them; returns when no pod is left."""
-    pods = _active(api, found)
+    """Let the ranks save and go, or kill them; returns when no pod is left and none will come."""
     mark = {"metadata": {"annotations": {STOPPED: datetime.now(UTC).isoformat(timespec="seconds")}}}
     workload = _workload_to_stop(api, found)
     if workload is not None:  # the queue would start what is only suspended
@@ -58,9 +59,25 @@ def suspend(api: Api, found: Found, now: bool) -> None:
     else:
         api.patch(found.resource, found.name, {**mark, "spec": {"suspend": True}})
     if now:
-        for pod in pods:
-            api.delete(POD, pod["metadata"]["name"], grace_s=0)
-    wait_for_pods(api, found, pods)
+        _kill(api, found)
+    until = time.monotonic() + NOTED_S
+    while not _is_noted(api, found) and time.monotonic() < until:
+        time.sleep(POLL_S)
+    if now:  # those that were being made meanwhile
+        _kill(api, found)
+    wait_for_pods(api, found, _active(api, found))
+
+
+def _kill(api: Api, found: Found) -> None:
+    for pod in _active(api, found):
+        api.delete(POD, pod["metadata"]["name"], grace_s=0)
+
+
+def _is_noted(api: Api, found: Found) -> bool:
+    """Whether the run's controller knows that it is suspended, or has ended: then no pod comes any more."""
+    status = (api.find(found.resource, found.name) or {}).get("status") or {}
+    told = {one["type"] for one in status.get("conditions") or [] if one["status"] == "True"}
+    return bool({*told, status.get("jobDeploymentStatus")} & {"Suspended", "Complete", "Completed", "Failed"})
 
 
 def _workload_to_stop(api: Api, found: Found) -> Object | None:

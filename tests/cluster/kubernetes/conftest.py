@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_api import FakeApi, write_kubeconfig
 
 from orchestrator.cluster.kubernetes import api as shell
+from orchestrator.cluster.kubernetes import lifecycle
 from orchestrator.cluster.kubernetes.api import Api
 
 
@@ -22,6 +23,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeApi]
     write_kubeconfig(tmp_path / "kubeconfig", fake.url)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
     monkeypatch.setattr(shell, "PAUSES_S", (0.01, 0.02))
+    monkeypatch.setattr(lifecycle, "NOTED_S", 0.02)  # nobody plays Kueue
     yield fake
     fake.close()
 

@@ -70,6 +70,15 @@ def test_runs_of_all_kinds_are_listed_by_one_call_each(server: FakeApi, backend:
     assert backend.ids() == ["a-1", "b-2"]
 
 
+def test_the_job_that_kuberay_makes_under_the_name_of_its_run_is_not_taken_for_somebody_elses(
+    server: FakeApi, backend: KubernetesBackend
+) -> None:
+    submitter = {"metadata": {"name": "a-1", "ownerReferences": [{"kind": "RayJob", "uid": "u", "controller": True}]}}
+    server.put(BATCH, "jobs", submitter)
+    server.put("/apis/ray.io/v1", "rayjobs", run_object("RayJob", name="a-1"))
+    assert backend.status("a-1")["kind"] == "RayJob"
+
+
 def test_a_cluster_with_jobs_alone_lists_them(server: FakeApi, backend: KubernetesBackend) -> None:
     for api in (SETS, "/apis/trainer.kubeflow.org/v1alpha1", "/apis/ray.io/v1"):
         del server.served[api]
@@ -176,6 +185,24 @@ def test_cancel_now_kills_the_pods(server: FakeApi, backend: KubernetesBackend) 
     assert server.names("pods") == []
 
 
+def test_cancel_waits_for_pods_that_come_before_the_controller_takes_note(
+    server: FakeApi, backend: KubernetesBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifecycle, "NOTED_S", 30.0)
+    put_run(server, queue="team")
+    server.put(KUEUE, "workloads", workload())
+
+    def late(run: str) -> None:
+        server.put(CORE, "pods", pod(0, "Pending"))
+        server.change(BATCH, "jobs", run, status={"conditions": [condition("Suspended")]})
+
+    threading.Timer(0.1, late, (RUN_ID,)).start()
+    threading.Timer(0.4, server.remove, (CORE, "pods", f"{RUN_ID}-0-aaaaa")).start()
+    backend.cancel(RUN_ID, now=False)
+    assert backend.status(RUN_ID)["state"] == "stopped"
+    assert server.names("pods") == []
+
+
 def test_pods_that_do_not_go_are_named(
     server: FakeApi, backend: KubernetesBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,7 +288,7 @@ def test_a_failed_run_is_resumed_from_its_own_objects(server: FakeApi, backend: 
     new = server.objects[BATCH, "default", "jobs", RUN_ID]
     assert new["metadata"]["uid"] != old["metadata"]["uid"]
     assert (new["spec"]["suspend"], new["spec"]["template"]) == (False, old["spec"]["template"])
-    assert "status" not in new
+    assert "Failed" not in str(new.get("status"))
     assert f"run-{RUN_ID}" in server.names("configmaps")
 
 
