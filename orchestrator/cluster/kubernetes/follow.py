@@ -12,7 +12,7 @@ from orchestrator.cluster.backend import LogLine
 from orchestrator.cluster.kubernetes.api import Api, Object, Stream
 from orchestrator.cluster.kubernetes.failures import Gone
 from orchestrator.cluster.kubernetes.logs import PATIENCE_S, PAUSE_S, Joiner, PodLog, attempt_of, read_ended
-from orchestrator.cluster.kubernetes.pods import failed_setup, has_started, is_active
+from orchestrator.cluster.kubernetes.pods import has_log, is_active
 from orchestrator.cluster.kubernetes.resources import POD
 from orchestrator.errors import TransientError
 
@@ -124,7 +124,7 @@ class Follower:
 
     def _meet(self, pod: Object) -> None:
         uid = pod["metadata"]["uid"]
-        if uid in self._known or not (has_started(pod) or failed_setup(pod)):
+        if uid in self._known or not has_log(pod):
             return
         self._known.add(uid)
         log = PodLog(self._api, pod)

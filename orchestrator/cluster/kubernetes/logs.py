@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from orchestrator.cluster.backend import LogLine
 from orchestrator.cluster.kubernetes.api import Api, Object, Stream
 from orchestrator.cluster.kubernetes.failures import NotFound, Refused
-from orchestrator.cluster.kubernetes.pods import container_of, failed_setup, has_started, is_active
+from orchestrator.cluster.kubernetes.pods import container_of, failed_setup, has_log, is_active
 from orchestrator.cluster.kubernetes.resources import POD
 from orchestrator.cluster.lines import Said, parse, source
 from orchestrator.errors import TransientError
@@ -182,7 +182,7 @@ def attempt_of(text: str, before: int) -> int:
 
 def read_ended(api: Api, pods: Iterable[Object], joiner: Joiner) -> Iterator[LogLine]:
     """Lines of pods as they are now: by attempt, then as they came."""
-    logs = [_by_attempt(PodLog(api, pod).read()) for pod in pods if has_started(pod) or failed_setup(pod)]
+    logs = [_by_attempt(PodLog(api, pod).read()) for pod in pods if has_log(pod)]
     for attempt, _, text in heapq.merge(*logs):
         line = joiner.take(text, attempt)
         if line is not None:

@@ -65,6 +65,12 @@ def speaks(pod: Object) -> bool:
     return index_of(pod) == 0 and ray_type(pod) is None and has_started(pod)
 
 
+def has_log(pod: Object) -> bool:
+    """Whether its log may tell of the run. What Ray says in pods of its own is read only where they have failed."""
+    begun = has_started(pod) or failed_setup(pod) is not None
+    return begun and (ray_type(pod) is None or not is_active(pod))
+
+
 def container_of(pod: Object) -> str:
     """The name of the container that trains."""
     return str(pod["spec"]["containers"][0]["name"])

@@ -74,8 +74,12 @@ def resource_of(obj: dict[str, Any]) -> Resource:
 
 def is_run(obj: dict[str, Any]) -> bool:
     """Whether an object is a run itself and not a Job that another controller made for one."""
-    owned = any(owner.get("controller") for owner in obj["metadata"].get("ownerReferences", ()))
-    return not owned and RUN in obj["metadata"].get("labels", {})
+    return not is_controlled(obj) and RUN in obj["metadata"].get("labels", {})
+
+
+def is_controlled(obj: dict[str, Any]) -> bool:
+    """Whether a controller made it for another object."""
+    return any(owner.get("controller") for owner in obj["metadata"].get("ownerReferences", ()))
 
 
 def run_of(obj: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from orchestrator.cluster.kubernetes.resources import (
     RUN,
     WORKLOAD,
     Resource,
+    is_controlled,
     is_run,
     resource_of,
     run_of,
@@ -66,7 +67,7 @@ def find_run(api: Api, run_id: str, needed: Collection[Resource] = ()) -> Found 
         run = _with_kind(resource, found)
         if is_run(run):
             return Found(run)
-        if RUN not in run["metadata"].get("labels", {}):
+        if RUN not in run["metadata"].get("labels", {}) and not is_controlled(run):  # as the submitter of a RayJob is
             what = f"{run['kind']} {run_id} in namespace {api.namespace}"
             raise UserError(f"{what} is not orchestrator's. Way out: name=ANOTHER, or another cluster.namespace")
     for resource in needed:
