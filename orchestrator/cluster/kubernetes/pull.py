@@ -214,7 +214,7 @@ def reader_job(name: str, template: Object, folder: str, asked: dict[str, Any]) 
     container = {
         "name": "reader",
         "image": trains["image"],
-        "command": [trains["command"][0], "-I", "-c", *map(verbatim, (_program(), folder, json.dumps(asked)))],
+        "command": [_python_of(trains), "-I", "-c", *map(verbatim, (_program(), folder, json.dumps(asked)))],
         "resources": {"requests": {"cpu": "100m", "memory": "64Mi"}, "limits": {"memory": "256Mi"}},
         "securityContext": trains.get("securityContext"),
         "volumeMounts": [{**mount, "readOnly": True}],
@@ -241,6 +241,12 @@ def reader_job(name: str, template: Object, folder: str, asked: dict[str, Any]) 
             "template": {"metadata": {"labels": labels}, "spec": pod},
         },
     }
+
+
+def _python_of(trains: Object) -> str:
+    """The interpreter that the image has. In pods of Ray, whose command KubeRay writes, the hook names it."""
+    command = trains.get("command") or trains["lifecycle"]["preStop"]["exec"]["command"]
+    return command[0]
 
 
 def _claim_below(spec: Object, trains: Object, folder: str) -> tuple[Object, Object]:

@@ -210,3 +210,14 @@ def test_a_run_kept_in_a_store_is_read_there_without_a_reader(
     assert (came / "logs/attempt_2/rank_0.log").read_text() == "one of 2\n"
     assert not (came / "checkpoints").exists()
     assert node.sent == [], "no reader was started"
+
+
+def test_a_run_on_ray_is_read_by_the_interpreter_of_its_hook() -> None:
+    """KubeRay writes the command of the pods that train."""
+    wanted = template()
+    (node,) = wanted["spec"]["containers"]
+    del node["command"]
+    node["lifecycle"] = {"preStop": {"exec": {"command": ["/opt/python", "-m", "jobs.ray_driver"]}}}
+    (container,) = reader_job("pull-x-1", wanted, f"/runs/{RUN_ID}", {})["spec"]["template"]["spec"]["containers"]
+    assert container["command"][0] == "/opt/python"
+    assert "lifecycle" not in container
