@@ -29,6 +29,9 @@ SNAPSHOT = """examples:
 All that `why` looks at, as one JSON file to attach to a question: objects, events, the run's last lines. Names of
 secrets are in it, values are not. Without an ID it is the cluster alone."""
 
+WIDE = 240
+"""Characters of a piece of evidence."""
+
 
 def add_to(subparsers: Any) -> None:
     why = add_verb(subparsers, "why", "why a run is stuck, or why it ended", WHY, explain_run)
@@ -98,5 +101,10 @@ def told(answer: Answer) -> list[str]:
 
 def _cause(head: str, cause: Cause) -> list[str]:
     pods = f" ({len(cause.whom)} pods)" if len(cause.whom) > 1 else ""
-    proof = [f"     {one.object}  {one.field}: {one.value}" for one in cause.evidence]
+    proof = [f"     {one.object}  {one.field}: {_short(one.value)}" for one in cause.evidence]
     return [f"{head} {cause.name}: {cause.said}{pods}", *proof, f"   way out: {cause.way_out}"]
+
+
+def _short(text: str) -> str:
+    """--json has the whole of it."""
+    return text if len(text) <= WIDE else f"{text[:WIDE]} ..."

@@ -144,7 +144,7 @@ def _read_namespace(api: Api, found: Inventory) -> None:
     except OrchestratorError as error:
         found.missing[NAMESPACE.kind] = _why(NAMESPACE, error)
         return
-    _keep(found, NAMESPACE.kind, [one] if one else [], "only the run's own")
+    _keep(found, NAMESPACE.kind, [one] if one else [], "")
 
 
 def _read_rights(api: Api, found: Inventory) -> None:

@@ -23,7 +23,11 @@ LIMIT = re.compile(
     r"(?:but (?P<field>request|limit) is (?P<value>\S+?)\.?(?=[\s,\]]|$)|No (?P<unsaid>request|limit) is specified)"
 )
 POD_SECURITY = re.compile(r'violates PodSecurity "(?P<level>[^"]+)": (?P<rules>.+)')
-DENIED = re.compile(r'admission webhook "(?P<name>[^"]+)" denied the request:? ?(?P<why>.*)', re.DOTALL)
+DENIED = re.compile(
+    r"(?P<what>admission webhook|ValidatingAdmissionPolicy) ['\"](?P<name>[^'\"]+)['\"] (?:with binding '[^']+' )?"
+    r"denied (?:the )?request:? ?(?P<why>.*)",
+    re.DOTALL,
+)
 DOWN = re.compile(r'failed calling webhook "(?P<name>[^"]+)": (?P<why>.*)', re.DOTALL)
 ACCOUNT = re.compile(r'serviceaccount "(?P<name>[^"]+)" not found')
 PRIORITY = re.compile(r"no PriorityClass with name (?P<name>\S+) was found")
@@ -142,7 +146,7 @@ def _denied(scene: Scene, text: str) -> Told | None:
     if not found:
         return None
     why = shown(found["why"]) or "it says no more"
-    return "webhook-refusal", f"admission webhook {found['name']} refuses its pods: {why}", "do what it asks for", False
+    return "webhook-refusal", f"{found['what']} {found['name']} refuses its pods: {why}", "do what it asks for", False
 
 
 def _down(scene: Scene, text: str) -> Told | None:
@@ -165,7 +169,8 @@ def _priority(scene: Scene, text: str) -> Told | None:
     found = PRIORITY.search(text)
     if not found:
         return None
-    names = ", ".join(sorted(one["metadata"]["name"] for one in scene.snapshot.of("PriorityClass"))) or "not read"
+    every = sorted(one["metadata"]["name"] for one in scene.snapshot.of("PriorityClass"))
+    names = ", ".join(name for name in every if not name.startswith("system-")) or "none is known here"
     said = f"the cluster has no PriorityClass {found['name']}"
     return "priority-missing", said, f"another cluster.priority ({names})", False
 

@@ -13,7 +13,6 @@ from orchestrator.cluster.why.scene import (
     Object,
     Scene,
     condition,
-    is_true,
     of_condition,
     of_event,
     of_object,
@@ -224,7 +223,7 @@ def _deadline(scene: Scene) -> Iterator[Cause]:
             continue
         limit = (obj.get("spec") or {}).get("activeDeadlineSeconds") or _inner_limit(obj)
         had = f" of {limit} s" if limit else ""
-        begun = any(end_of(pod) for pod in scene.pods) or any(is_true(pod, "Ready") for pod in scene.pods)
+        begun = any(map(end_of, scene.pods)) or any(event.get("reason") == "Started" for event in scene.events)
         depth = Depth.root if begun or not scene.warnings else Depth.follows
         said = f"it was ended at its deadline{had}"
         way_out = f"a larger cluster.deadline_s, then orchestrator resume {scene.name}"

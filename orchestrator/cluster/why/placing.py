@@ -15,7 +15,7 @@ from decimal import Decimal
 from orchestrator.cluster.forecast.amounts import amounts, short, told
 from orchestrator.cluster.forecast.demand import Group, pod_amounts, requests_of
 from orchestrator.cluster.forecast.nodes import Node, barred, read_nodes, shortest
-from orchestrator.cluster.why.cause import Cause, Depth, Evidence, Stage, shown
+from orchestrator.cluster.why.cause import Cause, Evidence, Stage, shown
 from orchestrator.cluster.why.scene import Object, Scene, condition, of_condition, of_object
 
 COUNTED = re.compile(
@@ -79,10 +79,9 @@ def _of_pods(scene: Scene, pods: list[Object]) -> Iterator[Cause]:
         return
     nodes = scene.snapshot.of("Node")
     barriers = _by_nodes(scene, pod) if nodes else _by_words(message)
-    decisive = any(barrier.only for barrier in barriers)
-    for barrier in barriers:  # one that keeps no node away alone: mending it would not help
-        depth = Depth.follows if decisive and not barrier.only else Depth.root
-        yield replace(_cause(scene, pod, barrier, (proof,)), depth=depth, whom=whom, at=at)
+    decisive = [barrier for barrier in barriers if barrier.only]
+    for barrier in decisive or barriers:  # mending one that keeps no node away alone would not help
+        yield replace(_cause(scene, pod, barrier, (proof,)), whom=whom, at=at)
     if not barriers:
         said = f"no node takes its pods: {shown(message)}"
         yield Cause("unschedulable", said, "see what the scheduler says", Stage.placing, (proof,), whom=whom, at=at)

@@ -60,7 +60,13 @@ class Scene:
         if self.state.state == "done":
             return True
         running = [pod for pod in self.active if is_running(pod)]
-        return self.state.state == "running" and len(running) == len(self.active) >= self.wanted
+        whole = len(running) + len(self.finished) >= self.wanted
+        return self.state.state == "running" and whole and len(running) == len(self.active)
+
+    @cached_property
+    def finished(self) -> list[Object]:
+        """Pods that ended well, at the end of a run one before the other."""
+        return [pod for pod in self.pods if (pod.get("status") or {}).get("phase") == "Succeeded"]
 
     @cached_property
     def wanted(self) -> int:

@@ -13,7 +13,7 @@ IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverP
          "RegistryUnavailable", "ErrImagePullBackOff")  # fmt: skip
 STUCK = ("RunContainerError", "StartError", "CrashLoopBackOff", "PostStartHookError")
 COMMAND = re.compile(
-    r'exec: \\?"(?P<name>[^"\\]+)\\?": (?:stat [^:]+: )?(?P<why>[\w $]+(?:not found|no such file or directory)[^:]*)'
+    r'exec: \\?"(?P<name>[^"\\]+)\\?": (?:stat [^:]+: )?(?P<why>[\w $]*(?:not found|no such file or directory)[^:]*)'
 )
 PULLS = (
     ("invalid", re.compile(r"InvalidImageName|couldn't parse image|invalid reference"), "it is no name of an image"),

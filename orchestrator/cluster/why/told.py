@@ -18,9 +18,8 @@ Record = Mapping[str, Any]
 ENDED = ("failed", "dead")
 WAITS = re.compile(r"waits for its workers: (?P<wants>.*?); the cluster has (?P<has>.*?) free")
 SETUP = re.compile(r"(?:Runtime ?[Ee]nv|runtime_env).*(?:failed|Failed).*", re.DOTALL)
-NO_ROOM = re.compile(
-    r"(?:No available node types can fulfill|cannot be scheduled right now|Insufficient resources).*", re.DOTALL
-)
+ROOM = re.compile(r"waiting for resources")
+"""In what Ray says of a job that has not begun; an environment that is being set up is no trouble."""
 
 
 def progress(facts: Record) -> str:
@@ -37,11 +36,14 @@ def of_record(snapshot: Snapshot) -> Iterator[Cause]:
     record = snapshot.record
     facts = record.get("facts") or {}
     state, last = facts.get("state"), _last_attempt(record)
+    told = set[str]()
     for fault in record.get("faults") or []:
-        yield _fault(fault, past=state not in ENDED or fault.get("attempt") != last)
+        past = state not in ENDED or fault.get("attempt") != last
+        told |= set() if past else {str(fault.get("error") or "")}
+        yield _fault(fault, past)
     if state in ENDED:
-        yield from _errors(record, last)
         yield from _end(record, facts)
+        yield from _errors(record, last, told)
     if state == "dead":
         yield _dead(snapshot, facts)
     if state not in ("done", "stopped"):
@@ -73,11 +75,13 @@ def _fault(fault: Record, past: bool) -> Cause:
     return by_words(Said(str(fault.get("error") or ""), fault.get("exit_code"), who, proof, past=past))
 
 
-def _errors(record: Record, last: Any) -> Iterator[Cause]:
-    """What the ranks of the last attempt left, the earliest first."""
+def _errors(record: Record, last: Any, told: set[str]) -> Iterator[Cause]:
+    """What the ranks of the last attempt left, the earliest first; what the launcher has told of them is known."""
     mine = [one for one in record.get("errors") or [] if one.get("attempt", last) == last]
     for place, one in enumerate(sorted(mine, key=lambda error: error.get("t") or 0.0)):
         text = str(one.get("error") or "")
+        if text in told:
+            continue
         where = f"logs/attempt_{one.get('attempt')}/rank_{one.get('rank')}.error.json"
         proof = Evidence(where, str(one.get("kind") or "error"), shown(text))
         said = Said(
@@ -147,13 +151,10 @@ def _jobs(snapshot: Snapshot, state: Any) -> Iterator[Cause]:
     job = jobs[-1]
     message = str(job.get("message") or "")
     proof = Evidence(f"Job {job.get('submission_id')}", "message", shown(message))
-    if job.get("status") == "PENDING":
-        said = f"Ray has not started its driver: {shown(message) or 'no word of it'}"
-        way_out = "wait, or look at the cluster: its head needs a free CPU for the driver"
-        setting_up = "setting up" in message.lower() or "starting" in message.lower()
-        depth = Depth.own if setting_up else Depth.root
-        if not setting_up or NO_ROOM.search(message):
-            yield Cause("ray-driver-pending", said, way_out, Stage.placing, (proof,), depth, passes=True)
+    if job.get("status") == "PENDING" and ROOM.search(message):
+        said = f"Ray has not started its driver: {shown(message)}"
+        way_out = "wait, or let other jobs end: the driver itself needs a free CPU"
+        yield Cause("ray-driver-pending", said, way_out, Stage.placing, (proof,), passes=True)
     elif job.get("status") == "FAILED" and SETUP.search(message):
         said = f"Ray cannot set up what the job runs in: {shown(message)}"
         yield Cause("ray-environment", said, "cluster.code and cluster.python", Stage.start, (proof,))

@@ -56,7 +56,7 @@ def explain(snapshot: Snapshot, run_id: str | None = None) -> Answer:
         return _of_record(snapshot)
     scene = find_scene(snapshot, run_id)
     causes = ranked(cause for finder in FINDERS for cause in finder(scene))
-    if not any(cause for cause in causes if not cause.past and cause.depth is not Depth.follows):
+    if all(cause.past for cause in causes):
         causes = ranked([*causes, *ends.verdict_of_controller(scene), *_silence(scene, causes)])
     state = scene.state.state
     return _answer(scene.name, state, _standing(scene), causes, _unread(snapshot))
@@ -85,6 +85,8 @@ def _named(run_id: str):
 
 def _standing(scene: Scene) -> str:
     state, facts = scene.state, scene.record.get("facts") or {}
+    if state.state == "starting" and scene.finished and not scene.active:
+        return "ending: its pods are done, and its controller has not said so yet"
     if state.state == "starting" or (state.state == "running" and not scene.settled):
         ready, many = len([pod for pod in scene.active if is_running(pod)]), max(scene.wanted, len(scene.active))
         return f"starting: {ready} of {many} pods run" if scene.active else "starting: it has no pod yet"
@@ -95,7 +97,7 @@ def _standing(scene: Scene) -> str:
 
 def _silence(scene: Scene, causes: list[Cause]) -> Iterator[Cause]:
     """A run that should have started long ago, of which nobody says anything."""
-    if any(not cause.past for cause in causes) or scene.state.state != "starting":
+    if any(not cause.past for cause in causes) or scene.state.state != "starting" or scene.finished:
         return
     waited = scene.now - seconds(scene.run["metadata"].get("creationTimestamp") or "")
     if waited < LATE_S:

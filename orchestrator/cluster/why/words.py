@@ -214,6 +214,7 @@ SAYINGS = (
 )
 BY_KIND = {
     "DataError": "data",
+    "DamagedShard": "data",
     "DeviceError": "device-lost",
     "NodeError": "node-unfit",
     "CheckpointError": "checkpoint",

@@ -159,6 +159,10 @@ def webhook(world: World) -> None:
     world.add("Event", event(world.run, "FailedCreate", text))
 
 
+def policy(world: World) -> None:
+    refused(world, "ValidatingAdmissionPolicy 'cost' with binding 'all' denied request: label cost-centre is missing")
+
+
 def webhook_down(world: World) -> None:
     without_pods(world)
     text = 'Error creating: Internal error occurred: failed calling webhook "mpod.kb.io": failed to call webhook: Post '
@@ -338,6 +342,7 @@ CASES = (
     (limit_range, "limit-range", ("at the maximum 4Gi memory per Container", "limit is 8Gi", "LimitRange small")),
     (pod_security, "pod-security", ("restricted:latest", "unrestricted capabilities", "Namespace training")),
     (webhook, "webhook-refusal", ("policy.example.com", "cost-centre")),
+    (policy, "webhook-refusal", ("ValidatingAdmissionPolicy cost", "cost-centre")),
     (webhook_down, "webhook-down", ("mpod.kb.io",)),
     (account, "account-missing", ("trainer",)),
     (priority, "priority-missing", ("hihg", "high")),
