@@ -77,8 +77,8 @@ def _of_pods(scene: Scene, pods: list[Object]) -> Iterator[Cause]:
         return
     if any(word in message for word in VOLUMES):
         return
-    nodes = scene.snapshot.of("Node")
-    barriers = _by_nodes(scene, pod) if nodes else _by_words(message)
+    # nodes that have room by now say nothing: the scheduler looked at them before
+    barriers = _by_nodes(scene, pod) or _by_words(message)
     decisive = [barrier for barrier in barriers if barrier.only]
     for barrier in decisive or barriers:  # mending one that keeps no node away alone would not help
         yield replace(_cause(scene, pod, barrier, (proof,)), whom=whom, at=at)

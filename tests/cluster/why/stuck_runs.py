@@ -31,7 +31,8 @@ def nodes_in_use(world: World) -> None:
         pending(one, LACKS_GPU)
     for name in ("node-a", "node-b"):
         other = pod(0, name, suffix=name)
-        other["metadata"] |= {"name": f"other-{name}", "labels": {"orchestrator/run": "other-99999999"}, "uid": name}
+        other["metadata"] |= {"name": f"other-{name}", "uid": name, "ownerReferences": []}
+        other["metadata"]["labels"] = {"orchestrator/run": "other-99999999"}
         world.add("Pod", other)
 
 

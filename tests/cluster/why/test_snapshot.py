@@ -220,6 +220,7 @@ def test_why_needs_no_cluster_where_it_has_a_file(tmp_path: Path, capsys: pytest
     assert "ID nothing-00000000 is no run in the snapshot" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_snapshot_of_a_live_cluster_is_written_and_explained(
     server: FakeApi, api: Api, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import permutations
 
 import pytest
 from ended_runs import CASES as ENDED
@@ -10,6 +13,7 @@ from queued_runs import CASES as QUEUED
 from scenes import World, healthy
 from stuck_runs import CASES as STUCK
 
+from orchestrator.cluster.why.cause import Cause, Depth, Stage, ranked
 from orchestrator.cluster.why.verdict import Answer, explain
 
 Case = tuple[Callable[[World], None], str, tuple[str, ...]]
@@ -41,3 +45,51 @@ def test_what_was_put_into_a_healthy_cluster_comes_first(change: Callable, cause
 def test_nothing_is_wrong_with_a_healthy_run() -> None:
     found = answer()
     assert (found.causes, found.said, found.exit_code) == ((), "step 412 of 1,000", 0)
+
+
+OWN_WORLDS = {
+    "ray_worker_pending",
+    "ray_app_failed",
+    "deadline_of_a_jobset",
+    "unexplained",
+    "full_beside_small_tainted_ones",
+}
+"""Changes that replace what others change."""
+PAIRS = [pair for pair in permutations((*STUCK, *ENDED), 2) if not {case[0].__name__ for case in pair} & OWN_WORLDS]
+
+
+def test_of_two_things_that_are_wrong_one_comes_first_and_nothing_else() -> None:
+    told = 0
+    for first, second in random.Random(0).sample(PAIRS, 400):
+        names = f"{first[0].__name__} and {second[0].__name__}"
+        try:
+            found = answer(lambda world, first=first, second=second: (first[0](world), second[0](world)))
+        except (IndexError, ValueError):  # the second changes what the first took away
+            continue
+        told += 1
+        assert found.causes, names
+        assert found.causes[0].name in (first[1], second[1]), names
+    assert told > 250
+
+
+def test_causes_are_ranked_by_the_rule_as_it_is_stated() -> None:
+    plain = Cause("root", "said", "way out", Stage.training, at="2026-01-01T10:00:00Z")
+    order = [
+        replace(plain, name="earlier stage", stage=Stage.placing),
+        plain,
+        replace(plain, name="less weight", weight=-1),
+        replace(plain, name="later", weight=-1, at="2026-01-01T11:00:00Z"),
+        replace(plain, name="passes", passes=True, stage=Stage.queue),
+        replace(plain, name="own", depth=Depth.own, stage=Stage.queue),
+        replace(plain, name="follows", depth=Depth.follows, stage=Stage.queue),
+        replace(plain, name="past", past=True, stage=Stage.queue),
+    ]
+    for seed in range(20):
+        mixed = random.Random(seed).sample(order, len(order))
+        assert [cause.name for cause in ranked(mixed)] == [cause.name for cause in order]
+
+
+def test_the_same_cause_at_many_pods_is_told_once_with_all_of_them() -> None:
+    many = [Cause("x", "said", "way out", Stage.placing, whom=(f"pod-{number}",)) for number in range(512)]
+    found = ranked(many)
+    assert (len(found), len(found[0].whom)) == (1, 512)
