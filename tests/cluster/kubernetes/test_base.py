@@ -31,10 +31,16 @@ SUBMITTER = {
 }
 READER = {
     "/nodes": "get list",
+    "/pods": "list",
+    "/namespaces": "get",
+    "/resourcequotas": "list",
+    "/limitranges": "list",
+    "storage.k8s.io/storageclasses": "list",
     "scheduling.k8s.io/priorityclasses": "get list",
     "kueue.x-k8s.io/clusterqueues": "get list",
     "kueue.x-k8s.io/resourceflavors": "get list",
     "kueue.x-k8s.io/workloadpriorityclasses": "get list",
+    "kueue.x-k8s.io/workloads": "list",
 }
 
 
