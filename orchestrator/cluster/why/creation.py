@@ -38,11 +38,19 @@ Told = tuple[str, str, str, bool]
 
 def causes(scene: Scene) -> Iterator[Cause]:
     """What the newest refusal says, for each object that still lacks what it could not make."""
-    for obj in (scene.run, *scene.children):
+    for obj in (scene.run, *scene.children, *_unread_children(scene)):
         refusals = scene.events_of(obj, *REASONS)
         if refusals and not _made_since(scene, obj, refusals[-1]):
             yield _cause(scene, refusals[-1])
     yield from _failed_run(scene)
+
+
+def _unread_children(scene: Scene) -> list[Object]:
+    """Of controllers, objects that there was no right to read, by what was said of them."""
+    known = {scene.name, *(one["metadata"]["name"] for one in (*scene.children, *scene.pods))}
+    about = [event.get("involvedObject") or {} for event in scene.events if event.get("reason") in REASONS]
+    names = {str(one.get("name")): one for one in about if one.get("name") not in known}
+    return [{"kind": one.get("kind"), "metadata": {"name": name, "uid": one.get("uid")}} for name, one in names.items()]
 
 
 def _made_since(scene: Scene, obj: Object, refusal: Object) -> bool:

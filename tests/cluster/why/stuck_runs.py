@@ -314,6 +314,19 @@ def ray_worker_pending(world: World) -> None:
     world.record = {}
 
 
+def ray_cluster_refused_and_not_readable(world: World) -> None:
+    """The quota refuses the head; there is no right to read RayClusters, but their events tell."""
+    job = world.objects["Job"].pop()
+    world.objects["Pod"] = []
+    status = {"jobDeploymentStatus": "Initializing"}
+    world.add("RayJob", {**job, "kind": "RayJob", "spec": {"suspend": False}, "status": status})
+    world.missing["RayCluster"] = "no right to list rayclusters"
+    about = {"kind": "RayCluster", "metadata": {"name": f"{RUN}-x", "uid": "uid-x"}}
+    text = f'Failed to create head Pod {SPACE}/{RUN}-x-head, pods "{RUN}-x-head" is forbidden: exceeded quota: team, '
+    world.add("Event", event(about, "FailedToCreateHeadPod", f"{text}requested: pods=1, used: pods=2, limited: pods=2"))
+    world.record = {}
+
+
 def no_service(world: World) -> None:
     world.objects["Service"] = []
     world.record = {"facts": {"state": "running"}}
@@ -362,6 +375,7 @@ CASES = (
     (image_name, "wrong-image", ("no name of an image",)),
     (no_program, "command-missing", ("trainer", "cluster.python")),
     (ray_worker_pending, "resources-in-use", ("GPU",)),
+    (ray_cluster_refused_and_not_readable, "quota-exceeded", ("quota team", "2 of 2")),
     (no_service, "service-missing", (RUN,)),
     (service_selects_nothing, "service-missing", ("selects none",)),
 )  # fmt: skip
