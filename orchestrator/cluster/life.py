@@ -43,8 +43,10 @@ class Life:
     attempt: int = 0
     step: int = 0
     """The last one that was computed."""
-    unkept: str = ""
-    """Why the record is not where it should be kept, once that failed."""
+    secured: bool = False
+    """Whether the end of a run that is done is where the record is kept."""
+    unkept: bool = False
+    """Whether something of the record could not be brought there."""
 
     @property
     def folder(self) -> Path:
@@ -52,16 +54,22 @@ class Life:
 
 
 def kept(life: Life, ended: Ended) -> Ended:
-    """Have the record where it is kept; a run whose end is not there has not ended yet."""
+    """Have the record where it is kept; on the first node a run whose end is not there has not ended yet."""
     stop, now = life.stop, time.monotonic()
     limit_s = KEEP_S if stop.exit_code is None else stop.t + life.bundle.config.cluster.grace_s - SPARE_S - now
     try:
         why = life.record.flush(0.0 if life.unkept else max(0.0, limit_s))
     except RecordTaken as taken:
         return ended if ended.error else Ended(taken.exit_code, None, str(taken))
+    done = ended.exit_code == EXIT_DONE and life.node.rank == 0
     if why is None:
+        life.secured = life.secured or done
         return ended
-    life.unkept = f"runs_dir = {life.sent.config.runs_dir}: the end of the record is on this node only ({why})"
-    if ended.exit_code != EXIT_DONE:
-        return ended
-    return Ended(EXIT_TRANSIENT, None, f"{life.unkept}. Way out: nothing, where the store comes back")
+    text = f"runs_dir = {life.sent.config.runs_dir}: the end of the record is on this node only ({why})"
+    if done and not life.secured:
+        life.unkept = True
+        return Ended(EXIT_TRANSIENT, None, f"{text}. Way out: nothing, where the store comes back")
+    if not life.unkept:
+        life.speaker.say(f"warning: {text}")
+    life.unkept = True
+    return ended

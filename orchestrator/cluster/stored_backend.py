@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 from orchestrator.cluster.backend import LogLine
 from orchestrator.cluster.local_backend import LocalBackend
-from orchestrator.cluster.stored_runs import StoredRuns, is_no_checkpoint
+from orchestrator.cluster.stored_runs import NoRun, StoredRuns, is_no_checkpoint
 from orchestrator.errors import UserError
 
 TOLD = ("run.json", "logs/", "events/launcher.jsonl")
@@ -26,7 +27,11 @@ class StoredBackend:
         return self._runs.ids()
 
     def runs(self) -> list[dict[str, Any]]:
-        return [self._runs.facts(run_id) for run_id in self.ids()]
+        found = []
+        for run_id in self.ids():
+            with suppress(NoRun):
+                found.append(self._runs.facts(run_id))
+        return found
 
     def status(self, run_id: str) -> dict[str, Any]:
         return {**self._runs.facts(run_id), "where": [f"{self._runs.url}/{run_id}"]}

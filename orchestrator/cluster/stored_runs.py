@@ -31,6 +31,10 @@ RECORD = ("run.json", "result.json", "evaluation.json", "events/")
 Wanted = Callable[[str], bool]
 
 
+class NoRun(UserError):
+    """The store has something else under that name."""
+
+
 class StoredRuns:
     """Runs below one address; the keys are this process's own, of `cluster.store_secret` or the environment."""
 
@@ -51,7 +55,7 @@ class StoredRuns:
         with self._opened(run_id) as bucket:
             there = bucket.entries()
             if "run.json" not in there and POINTER not in there:
-                raise UserError(f"ID {run_id} is no run in {redact(self.url)}/. Way out: orchestrator ls")
+                raise NoRun(f"ID {run_id} is no run in {redact(self.url)}/. Way out: orchestrator ls")
             names = plain_names(there)
             _bring(bucket, target, {key: name for key, name in names.items() if wanted(name)}, there)
 
@@ -66,7 +70,8 @@ class StoredRuns:
             reason = f"says its record, which was written {duration(now - told)} ago; its cluster knows more"
             facts |= {"state": "running", "reason": reason}
         web = str(facts["wandb"] or "").startswith("http")
-        return {**facts, "folder": f"{redact(self.url)}/{run_id}", "wandb": facts["wandb"] if web else None}
+        page = facts["wandb"] if web else None
+        return {**facts, "run_id": run_id, "folder": f"{redact(self.url)}/{run_id}", "wandb": page}
 
     @contextmanager
     def _opened(self, run_id: str) -> Iterator[Bucket]:

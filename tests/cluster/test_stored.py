@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from launching import wait_for
 
+from orchestrator.bundle import freeze
 from orchestrator.cluster import stored
+from orchestrator.cluster.cause import Ended
 from orchestrator.cluster.claim import POINTER, Claim, RecordTaken
+from orchestrator.cluster.environment import Node
+from orchestrator.cluster.life import Life, kept
+from orchestrator.cluster.record_place import Record, SharedRecord
+from orchestrator.cluster.speaker import Speaker
+from orchestrator.cluster.stops import StopSignals
 from orchestrator.cluster.stored import StoredRecord, place_of
+from orchestrator.compose import compose
 from orchestrator.errors import ConfigError, TransientError, UserError
 from orchestrator.train.bucket import Bucket
 
@@ -217,6 +227,55 @@ def test_the_record_s_own_pointer_survives_an_answer_that_was_lost(store: Path) 
     assert json.loads((store / POINTER).read_text()) == {"schema": 1, "generation": 2, "attempt": 4}
     claim.require_mine()
     bucket.close()
+
+
+class Unreliable(SharedRecord):
+    """A record whose store is away at these flushes."""
+
+    def __init__(self, *away: bool):
+        super().__init__(Path())
+        self.away, self.limits = list(away), list[float]()
+
+    def flush(self, limit_s: float) -> str | None:
+        self.limits.append(limit_s)
+        return "no answer" if self.away.pop(0) else None
+
+
+def life_of(record: Record, node: int, out: io.BytesIO) -> Life:
+    bundle = freeze(compose(["runs_dir=s3://bucket/runs", "cluster.grace_s=30"]))
+    place = Node(node, 2, "127.0.0.1", 1, Path(), Path())
+    return Life(place, bundle, record, bundle, Path(), print, Speaker(out, node), StopSignals(), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("node", "away", "codes", "says"),
+    [
+        (0, [False, False], [0, 0], False),
+        (0, [True, True], [75, 75], False),  # nobody hears that the run is done
+        (0, [False, True], [0, 0], True),  # the result is there, its report is not
+        (1, [True, True], [0, 0], True),
+    ],
+)
+def test_a_run_whose_end_did_not_reach_the_store_has_not_ended(
+    node: int, away: list[bool], codes: list[int], says: bool
+) -> None:
+    out, record = io.BytesIO(), Unreliable(*away)
+    life = life_of(record, node, out)
+    assert [kept(life, Ended(0)).exit_code for _ in codes] == codes
+    assert (
+        b"warning: runs_dir = s3://bucket/runs: the end of the record is on this node only" in out.getvalue()
+    ) is says
+    if away[0]:
+        assert record.limits == [60, 0], "a store that was away is not waited for again"
+
+
+def test_after_a_request_to_stop_the_store_is_waited_for_no_longer_than_the_node_has() -> None:
+    record = Unreliable(True)
+    life = life_of(record, 0, io.BytesIO())
+    life.stop.ask(signal.SIGTERM)
+    life.stop.t -= 20
+    assert kept(life, Ended(143)).exit_code == 143
+    assert 7 < record.limits[0] <= 8
 
 
 @pytest.mark.parametrize("key", ["../x", "a/../../x", "/etc/x", ""])

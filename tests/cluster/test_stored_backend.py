@@ -23,6 +23,8 @@ def url(tmp_path: Path, trained: Run) -> str:
     (kept / "record.json").write_text('{"schema": 1, "generation": 2, "attempt": 1}\n')
     for folder in list((kept / "checkpoints").glob("step_*")):
         folder.rename(folder.with_name(f"{folder.name}.g0002"))
+    (tmp_path / "store" / "shards" / "train").mkdir(parents=True)
+    (tmp_path / "store" / "shards" / "train" / "x.tar").write_bytes(b"no run at all")
     half = kept / "checkpoints" / "step_00000014.g0003"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"of a start that was killed")
