@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterator
 
 from orchestrator.cluster.kubernetes.pods import statuses
+from orchestrator.cluster.kubernetes.render import START_DEADLINE
+from orchestrator.cluster.kubernetes.resources import STOPPED
 from orchestrator.cluster.why.cause import Cause, Depth, Stage, shown
-from orchestrator.cluster.why.scene import Object, Scene, is_true, of_event, of_object
+from orchestrator.cluster.why.scene import Object, Scene, is_true, of_event, of_object, seconds
 
 IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError",
          "RegistryUnavailable", "ErrImagePullBackOff")  # fmt: skip
@@ -53,6 +55,23 @@ def causes(scene: Scene) -> Iterator[Cause]:
                 elif reason in STUCK or reason == "CreateContainerError":
                     yield from _stuck(pod, one, which)
     yield from _never_ran(scene)
+    yield from _given_up(scene)
+
+
+def _given_up(scene: Scene) -> Iterator[Cause]:
+    """A run that was stopped because it had not started in its time: pods are gone, what was said of them is left."""
+    notes = scene.run["metadata"].get("annotations") or {}
+    if scene.state.state != "stopped" or STOPPED not in notes or not notes.get(START_DEADLINE):
+        return
+    waited = seconds(notes[STOPPED]) - seconds(scene.run["metadata"].get("creationTimestamp") or "")
+    if waited < float(notes[START_DEADLINE]) or any(event.get("reason") == "Started" for event in scene.events):
+        return
+    last = scene.warnings[-1:]
+    said = f"it did not start within {float(notes[START_DEADLINE]):g} s and was stopped"
+    said += f"; the last warning: {shown(last[0].get('message') or '')}" if last else ", and nobody said why"
+    proof = (of_object(scene.run, f"metadata.annotations[{STOPPED}]", notes[STOPPED]), *map(of_event, last))
+    way_out = f"mend that, then orchestrator resume {scene.name}; cluster.start_deadline_s is how long it may take"
+    yield Cause("start-deadline", said, way_out, Stage.start, proof)
 
 
 def _image(scene: Scene, pod: Object, one: Object, which: str) -> Cause:

@@ -327,6 +327,18 @@ def ray_cluster_refused_and_not_readable(world: World) -> None:
     world.record = {}
 
 
+def given_up(world: World) -> None:
+    """Whoever looked at it stopped it after its time to start."""
+    gone = world.pods[0]
+    without_pods(world)
+    world.run["spec"]["suspend"] = True
+    world.run["metadata"]["annotations"] = {
+        "orchestrator/start-deadline-s": "300",
+        "orchestrator/stopped": "2026-01-01T10:06:00+00:00",
+    }
+    world.add("Event", event(gone, "FailedScheduling", LACKS_GPU))
+
+
 def no_service(world: World) -> None:
     world.objects["Service"] = []
     world.record = {"facts": {"state": "running"}}
@@ -376,6 +388,7 @@ CASES = (
     (no_program, "command-missing", ("trainer", "cluster.python")),
     (ray_worker_pending, "resources-in-use", ("GPU",)),
     (ray_cluster_refused_and_not_readable, "quota-exceeded", ("quota team", "2 of 2")),
+    (given_up, "start-deadline", ("within 300 s", "2 Insufficient")),
     (no_service, "service-missing", (RUN,)),
     (service_selects_nothing, "service-missing", ("selects none",)),
 )  # fmt: skip
