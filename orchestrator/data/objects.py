@@ -26,6 +26,8 @@ CONNECT_S = 10
 CHUNK = 1 << 20
 _STATUS = re.compile(r"(?:status code|status|returned error)[^0-9]{0,20}([45]\d\d)\b|\b([45]\d\d) [A-Z][a-z]")
 ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "GOOGLE_BASE_URL", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+METADATA = "169.254.169.254"
+"""Where a machine of a cloud asks who it is."""
 _KINDS = {"NotFoundError": 404, "PermissionDeniedError": 403, "UnauthenticatedError": 401, "PreconditionError": 412}
 
 
@@ -113,7 +115,10 @@ def store_of(url: str, keys: dict[str, str]) -> tuple[Any, str]:
 
     scheme, rest = url.split("://", 1)
     bucket, _, path = rest.partition("/")
-    kind = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}[scheme.lower()]
+    kinds = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}
+    if scheme.lower() not in kinds:
+        raise ValueError(f"{scheme}:// is none of {', '.join(kinds)}")
+    kind = kinds[scheme.lower()]
     told = {**os.environ, **keys}
     plain = any(told.get(name, "").startswith("http://") for name in ENDPOINTS)
     # the whole transfer has no limit here: the parent ends a child that is silent
@@ -124,8 +129,15 @@ def store_of(url: str, keys: dict[str, str]) -> tuple[Any, str]:
     return kind(bucket, config=config, client_options=options, retry_config={"max_retries": 0}), path
 
 
+class Unusable(Exception):
+    """The address or the keys are none."""
+
+
 def _open(request: dict[str, Any]) -> Any:
-    store, path = store_of(request["url"], request["keys"])
+    try:
+        store, path = store_of(request["url"], request["keys"])
+    except Exception as error:  # all that a client library raises
+        raise Unusable(str(error)) from None
     options: dict[str, Any] = {}
     if request["offset"]:
         options["range"] = {"offset": request["offset"]}
@@ -154,7 +166,7 @@ def _end_with_parent() -> None:
 
 def status_of(kind: str, text: str) -> int | None:
     """The HTTP status in an error of obstore, which shows it in its text only."""
-    if "must be specified" in text or kind == "UnknownConfigurationKeyError":
+    if kind == "Unusable":
         return 400
     found = _STATUS.search(text)
     return _KINDS.get(kind) or (int(found[1] or found[2]) if found else None)
@@ -165,8 +177,13 @@ def shorten(text: str) -> str:
     text = " ".join(text.split())
     code, message = (re.search(f"<{tag}>(.*?)</{tag}>", text) for tag in ("Code", "Message"))
     if code:
-        return f"{code[1]}: {message[1] if message else ''}"
-    return text.split(" Debug source")[0][:300]
+        return f"{code[1]}: {message[1].partition(' RequestId:')[0] if message else ''}"
+    text = text.split(" Debug source")[0]
+    if METADATA in text:
+        return (
+            f"no keys are given, and this machine has no identity of its own there ({text.rpartition(' - ')[2][:150]})"
+        )
+    return text[:300]
 
 
 def main() -> None:

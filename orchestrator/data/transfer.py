@@ -22,6 +22,7 @@ LONGEST_PAUSE_S = 60.0
 STALL_S = 30.0
 _FINAL = {400, 401, 403, 404, 405, 410, 451}
 _ADVICE = {
+    400: "check the address, and the keys in the environment or in the file of cluster.store_secret",
     401: "check the credentials in the environment, or the file of cluster.store_secret",
     403: "check the credentials in the environment, or the file of cluster.store_secret, and that they may read this",
     404: "check bucket and name, or `orchestrator shards index` over what is served now",

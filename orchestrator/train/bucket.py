@@ -249,7 +249,9 @@ def main() -> None:
         try:
             server = server or Server(first["url"], first["keys"])
         except Exception as error:
-            _say({"error": str(error).splitlines()[0], "conflict": False, "passing": False})
+            from orchestrator.data.objects import shorten
+
+            _say({"error": shorten(str(error)), "conflict": False, "passing": False})
             continue
         _say(_answer(server, request))
 

@@ -57,17 +57,18 @@ def free_ports(count: int) -> list[int]:
 class Server:
     """SeaweedFS with S3 at `url`; its content survives a stop."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, host: str = "127.0.0.1"):
+        """`host`: an address of this machine."""
+        self.folder, self.host = folder, host
         self.s3, self.master, self.volume, self.filer = free_ports(4)
-        self.url = f"http://127.0.0.1:{self.s3}"
+        self.url = f"http://{host}:{self.s3}"
         identity = {"name": "t", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
         (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
         (folder / "data").mkdir()
 
     def start(self) -> None:
         assert weed
-        places = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={self.folder / 'data'}"]
+        places = [f"-ip={self.host}", f"-ip.bind={self.host}", f"-dir={self.folder / 'data'}"]
         ports = [f"-master.port={self.master}", f"-volume.port={self.volume}", f"-filer.port={self.filer}"]
         s3 = [
             "-s3",
@@ -309,7 +310,7 @@ def children() -> set[str]:
         ("NotFoundError", "any", 404),
         ("GenericError", "Server returned non-2xx status code: 503 Slow Down: <?xml", 503),
         ("GenericError", "HTTP error: error sending request", None),
-        ("GenericError", "Account must be specified", 400),
+        ("Unusable", "Account must be specified", 400),
     ],
 )
 def test_statuses_are_read_from_what_obstore_says(kind: str, text: str, status: int | None) -> None:
@@ -319,3 +320,7 @@ def test_statuses_are_read_from_what_obstore_says(kind: str, text: str, status: 
 def test_a_report_is_shortened_to_what_a_person_needs() -> None:
     assert shorten("x <Error><Code>NoSuchKey</Code>\n<Message>gone</Message></Error> y") == "NoSuchKey: gone"
     assert shorten("Generic S3 error: refused\n\nDebug source: Http { .. }") == "Generic S3 error: refused"
+    assert shorten("<Code>NotThere</Code><Message>gone RequestId:1 Time:2</Message>") == "NotThere: gone"
+    assert shorten("GET http://169.254.169.254/token?a in 1ms - refused") == (
+        "no keys are given, and this machine has no identity of its own there (refused)"
+    )
