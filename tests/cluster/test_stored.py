@@ -95,6 +95,7 @@ def test_another_machine_goes_on_from_the_store_and_counts_the_attempts(
         store, {**KEPT, "events/rank_1.jsonl": "{}\n", "logs/attempt_2/rank_0.log": "b\n", "virtual_ranks.json": "{}"}
     )
     write(tmp_path / "a", {"events/rank_0.jsonl": "from an earlier life", "checkpoints/step_1/x": "kept", "lock": "1"})
+    write(tmp_path / "a", {"logs/attempt_9/rank_0.log": "of a life that the store knows nothing of", "stop": ""})
     record = opened("a")
     record.claim()
     assert files_of(tmp_path / "a") == {
