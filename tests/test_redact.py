@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator import redact as module
-from orchestrator.redact import find_secrets, redact, remember, without_secrets
+from orchestrator.redact import SHAPES, find_secrets, redact, remember, without_secrets
 
 TOKEN = "c4n4ryTokenOf32Letters0123456789"
 PLANTED = {
@@ -61,6 +61,11 @@ def test_each_kind_of_secret_is_known_by_its_shape_and_taken_out(kind: str) -> N
     assert TOKEN not in clean
     assert PLANTED[kind] not in clean
     assert clean.startswith("before ")
+
+
+def test_every_shape_has_its_example() -> None:
+    """A new one needs a hint as well, without which no text is looked at."""
+    assert {*SHAPES, "value that is named a secret"} == set(PLANTED)
 
 
 @pytest.mark.parametrize("text", HARMLESS)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -103,20 +103,20 @@ def source(rank: int | None, node: int) -> str:
 class Numbered:
     """Turns what is read from a log, bit by bit, into numbered lines."""
 
-    def __init__(self, attempt: int, who: str):
-        """`who`: as `source` names it."""
-        self._head, self._number = f"[a{attempt} {who} #", 1
+    def __init__(self, attempt: int, who: str, clean: Callable[[str], str] = str):
+        """`who`: as `source` names it; `clean`: what a line's text is before it is cut into parts."""
+        self._head, self._number, self._clean = f"[a{attempt} {who} #", 1, clean
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._rest, self._has_begun = "", False
 
     def feed(self, content: bytes, last: bool = False) -> str:
         """The lines that this completes. `last`: nothing follows, so that a line without an end is one, too."""
         *lines, rest = (self._rest + self._decoder.decode(content, last)).split("\n")
-        said = [self._line(line) for line in lines]
+        said = [self._line(self._clean(line)) for line in lines]
         parts, self._rest = self._parts(rest)
         said.append(parts)
         if last and (self._rest or self._has_begun):
-            said.append(self._line(self._rest))
+            said.append(self._line(self._clean(self._rest)))
             self._rest = ""
         return "".join(said)
 
@@ -129,7 +129,7 @@ class Numbered:
         """All parts of a long line but the last, and that one."""
         parts = []
         while len(text) > PART:
-            parts.append(f"{self._head}{self._number}+] {text[:PART]}\n")
+            parts.append(f"{self._head}{self._number}+] {self._clean(text[:PART])}\n")
             text, self._has_begun = text[PART:], True
         return "".join(parts), text
 

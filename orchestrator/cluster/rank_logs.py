@@ -9,6 +9,7 @@ from heapq import merge
 from pathlib import Path
 
 from orchestrator.cluster.backend import LogLine
+from orchestrator.redact import redactor
 
 POLL_S = 0.1
 CHUNK = 1 << 20
@@ -23,6 +24,7 @@ class RankLog:
     def __init__(self, path: Path, attempt: int, rank: int):
         self._path, self._attempt, self._rank = path, attempt, rank
         self._offset, self._number, self._rest, self._stamp = 0, 0, b"", ""
+        self._clean = redactor()
 
     def read(self, last: bool) -> Iterator[Stamped]:
         """What has come since. `last`: nothing follows, so that a line without an end is one, too."""
@@ -43,7 +45,7 @@ class RankLog:
             self._number += 1
             stamp = STAMP.match(text)
             self._stamp = stamp[0] if stamp else self._stamp
-            yield self._stamp, LogLine(self._attempt, self._rank, self._number, text)
+            yield self._stamp, LogLine(self._attempt, self._rank, self._number, self._clean(text))
 
 
 def read_logs(folder: Path, rank: int | None, is_alive: Callable[[], bool]) -> Iterator[LogLine]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from orchestrator.cluster.lines import Numbered, progress_line, source
+from orchestrator.redact import redact, redactor
 
 LOOK_S = 0.1
 CHUNK = 1 << 20
@@ -29,12 +30,12 @@ class Speaker(logging.Handler):
         super().__init__(logging.WARNING)
         self._out, self._node, self._attempt = out, node, 0
         self._speaking = threading.RLock()
-        self._numbered = Numbered(0, source(None, node))
+        self._numbered = Numbered(0, source(None, node), redact)
 
     def begin(self, attempt: int) -> None:
         """The attempt that is spoken of from now on; the numbers of lines start again."""
         with self._speaking:
-            self._attempt, self._numbered = attempt, Numbered(attempt, source(None, self._node))
+            self._attempt, self._numbered = attempt, Numbered(attempt, source(None, self._node), redact)
 
     def say(self, text: str) -> None:
         """Words of the launcher."""
@@ -64,7 +65,8 @@ class LogTail:
 
     def __init__(self, speaker: Speaker, paths: Mapping[int, Path], attempt: int):
         self._speaker, self._paths = speaker, paths
-        self._numbered = {rank: Numbered(attempt, source(rank, 0)) for rank in paths}
+        clean = redactor()
+        self._numbered = {rank: Numbered(attempt, source(rank, 0), clean) for rank in paths}
         self._files: dict[int, IO[bytes]] = {}
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="log tail", daemon=True)

@@ -26,6 +26,7 @@ from orchestrator.errors import ConfigError, OrchestratorError, StopRequested
 from orchestrator.options import Device, Precision
 from orchestrator.redact import redact
 from orchestrator.train.heartbeat import Heartbeat
+from orchestrator.train.printed import redact_output
 from orchestrator.train.signals import die_with_launcher
 from orchestrator.train.stacks import stacks_file, stop_telling, tell_stacks
 from orchestrator.world import ALONE, World
@@ -81,8 +82,9 @@ def open_logs(folder: Path, world: World, attempt: int) -> IO[str]:
     for stream in (1, 2):
         os.dup2(log, stream)
     os.close(log)
+    redact_output()
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Redacting(LOG_FORMAT))
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
     if world.is_first and has_terminal:
         speaker = logging.StreamHandler(terminal)

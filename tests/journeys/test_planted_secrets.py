@@ -55,6 +55,7 @@ class Net(nn.Module):
             said = "GET https://me:{PLANTED["exception"]}@store/x: token={PLANTED["exception"]}, "
             said += os.environ["STORE_PASSWORD"]
             logging.getLogger("leaky").warning(said)
+            print("printed", said)
             raise RuntimeError(said)
         return self.body(x.flatten(1))
 
