@@ -168,7 +168,10 @@ def _preempted(scene: Scene, pod: Object, past: bool, at: str) -> Cause:
     said = f"it was preempted by {who}{why}"
     way_out = "wait: it goes on from its last save; or a higher cluster.priority"
     whom = (pod["metadata"]["name"],)
-    return Cause("preempted", said, way_out, Stage.training, tuple(proof), passes=True, past=past, at=at, whom=whom)
+    evidence, lost = tuple(proof), float("inf")  # the place that it lost comes before the one that it does not get
+    return Cause(
+        "preempted", said, way_out, Stage.placing, evidence, passes=True, past=past, weight=lost, at=at, whom=whom
+    )
 
 
 def _put_off_without_a_trace(scene: Scene) -> Iterator[Cause]:

@@ -15,7 +15,7 @@ from decimal import Decimal
 from orchestrator.cluster.forecast.amounts import amounts, short, told
 from orchestrator.cluster.forecast.demand import Group, pod_amounts, requests_of
 from orchestrator.cluster.forecast.nodes import Node, barred, read_nodes, shortest
-from orchestrator.cluster.why.cause import Cause, Evidence, Stage, shown
+from orchestrator.cluster.why.cause import Cause, Depth, Evidence, Stage, shown
 from orchestrator.cluster.why.scene import Object, Scene, condition, of_condition, of_object
 
 COUNTED = re.compile(
@@ -79,9 +79,13 @@ def _of_pods(scene: Scene, pods: list[Object]) -> Iterator[Cause]:
         return
     # nodes that have room by now say nothing: the scheduler looked at them before
     barriers = _by_nodes(scene, pod) or _by_words(message)
-    decisive = [barrier for barrier in barriers if barrier.only]
-    for barrier in decisive or barriers:  # mending one that keeps no node away alone would not help
-        yield replace(_cause(scene, pod, barrier, (proof,)), whom=whom, at=at)
+    decisive = [barrier for barrier in barriers if barrier.only] or barriers
+    bound = (event.get("reason") == "Scheduled" for event in scene.events)
+    was_placed = any(bound) or any(one["spec"].get("nodeName") for one in scene.pods)
+    full = was_placed and any(barrier.name == "resources-in-use" for barrier in decisive)
+    for barrier in decisive:  # mending one that keeps no node away alone would not help
+        depth = Depth.follows if full and not barrier.passes else Depth.root  # by the same rules it had a place before
+        yield replace(_cause(scene, pod, barrier, (proof,)), depth=depth, whom=whom, at=at)
     if not barriers:
         said = f"no node takes its pods: {shown(message)}"
         yield Cause("unschedulable", said, "see what the scheduler says", Stage.placing, (proof,), whom=whom, at=at)

@@ -157,6 +157,12 @@ def gpu_memory(world: World) -> None:
     _both(world, 43, f"{where}, at last so: {CUDA}. Way out: mend the cause; the same command then goes on")
 
 
+def peer_left_without_a_word(world: World) -> None:
+    _both(world, 1, "ValueError: whatever", rank=1)
+    ended(world.pods[0], 75, None, rank=None, at="2026-01-01T10:07:00Z")
+    ended(world.pods[1], 1, "ValueError: whatever", rank=1)
+
+
 def hang(world: World) -> None:
     text = "hung: no sign of life for 61.2 s in phase step after step 40 (cluster.hang_step_s = 60)"
     _both(world, 1, text, rank=1)
@@ -244,6 +250,7 @@ CASES = (
     (wrong_code, "code-differs", ("0123456789ab", "submit again")),
     (not_finite, "not-finite", ("step 40", "a lower optimizer.lr")),
     (gpu_memory, "gpu-memory", ("GPU of rank 0", "recipe.accumulate=2")),
+    (peer_left_without_a_word, "crashed", ("rank 1: ValueError",)),
     (hang, "hang", ("rank 1 was late", "61.2 s", "phase step after step 40", "cluster.hang_step_s = 60")),
     (nccl_timeout, "collective-timeout", ("rank 2 did not come", "ranks 0, 1, 3 waited in ALLREDUCE number 41")),
     (gloo_timeout, "killed", ("rank 1", "SIGKILL")),

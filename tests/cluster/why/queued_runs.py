@@ -73,7 +73,11 @@ def admission_check(world: World) -> None:
     own = queued(world, "")
     reserved = condition("QuotaReserved", "True", "QuotaReserved", "Quota reserved in ClusterQueue team")
     own["status"] = {
-        "conditions": [reserved, condition("Admitted", "False", "NoChecks")],
+        "conditions": [
+            reserved,
+            condition("Admitted", "False", "NoChecks"),
+            condition("Evicted", "False", "QuotaReserved", "Previously: Preempted to accommodate a workload (UID: 1)"),
+        ],
         "admissionChecks": [
             {"name": "capacity", "state": "Pending", "message": "the cloud has no a100 in this zone now"}
         ],

@@ -9,6 +9,7 @@ from ended_runs import CASES as ENDED
 from queued_runs import CASES as QUEUED
 from scenes import healthy
 from stuck_runs import CASES as STUCK
+from unplaced_runs import CASES as UNPLACED
 
 from orchestrator.cluster.why import catalogue
 from orchestrator.cluster.why.verdict import explain
@@ -17,7 +18,7 @@ ROOM = Path(catalogue.__file__).parent
 
 
 def test_every_cause_of_every_case_is_in_the_catalogue() -> None:
-    for change, _, _ in (*QUEUED, *STUCK, *ENDED):
+    for change, _, _ in (*QUEUED, *UNPLACED, *STUCK, *ENDED):
         world = healthy()
         change(world)
         found = explain(world.snapshot())

@@ -6,13 +6,16 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 from ended_runs import CASES as ENDED
 from queued_runs import CASES as QUEUED
 from scenes import World, healthy
 from stuck_runs import CASES as STUCK
+from unplaced_runs import CASES as UNPLACED
 
+from orchestrator.cluster.snapshot import read_snapshot
 from orchestrator.cluster.why.cause import Cause, Depth, Stage, ranked
 from orchestrator.cluster.why.verdict import Answer, explain
 
@@ -26,7 +29,8 @@ def answer(change: Callable[[World], object] | None = None) -> Answer:
     return explain(world.snapshot())
 
 
-CASES = (*QUEUED, *STUCK, *ENDED)
+CAPTURED = Path(__file__).parent / "cases"
+CASES = (*QUEUED, *UNPLACED, *STUCK, *ENDED)
 
 
 @pytest.mark.parametrize(("change", "cause", "words"), CASES, ids=[case[0].__name__ for case in CASES])
@@ -53,9 +57,14 @@ OWN_WORLDS = {
     "deadline_of_a_jobset",
     "unexplained",
     "full_beside_small_tainted_ones",
+    "full_beside_control_planes",
 }
 """Changes that replace what others change."""
-PAIRS = [pair for pair in permutations((*STUCK, *ENDED), 2) if not {case[0].__name__ for case in pair} & OWN_WORLDS]
+PAIRS = [
+    pair
+    for pair in permutations((*UNPLACED, *STUCK, *ENDED), 2)
+    if not {case[0].__name__ for case in pair} & OWN_WORLDS
+]
 
 
 def test_of_two_things_that_are_wrong_one_comes_first_and_nothing_else() -> None:
@@ -93,3 +102,11 @@ def test_the_same_cause_at_many_pods_is_told_once_with_all_of_them() -> None:
     many = [Cause("x", "said", "way out", Stage.placing, whom=(f"pod-{number}",)) for number in range(512)]
     found = ranked(many)
     assert (len(found), len(found[0].whom)) == (1, 512)
+
+
+@pytest.mark.parametrize("path", sorted(CAPTURED.glob("*.json")), ids=lambda path: path.stem)
+def test_what_a_real_cluster_said_of_a_broken_run_is_read(path: Path) -> None:
+    """NAME.CAUSE.json: snapshots of runs that were broken on purpose on Kubernetes 1.37.2, cut to what is asked for."""
+    found = explain(read_snapshot([path]))
+    assert [cause.name for cause in found.causes[:1]] == [name for name in (path.stem.split(".")[1],) if name != "none"]
+    assert all(cause.evidence and cause.way_out for cause in found.causes)
