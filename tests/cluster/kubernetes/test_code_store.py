@@ -130,8 +130,10 @@ class There:
             "/etc/orchestrator/archive/code.tar.gz", url, "/etc/orchestrator/secrets/store/keys",
         )  # fmt: skip
         (self.folder / "keys").write_text(keys or "")
-        words = [str(self.folder / "code.tar.gz"), url, str(self.folder / "keys") if keys else "", reader]
-        quick = text.replace("PAUSE_S = 2.0", "PAUSE_S = 0.05")
+        bare = reader.replace("import fcntl\n", "import fcntl, sys\nsys.modules['orchestrator'] = None\n", 1)
+        assert bare != reader, "an image need not have this package"
+        words = [str(self.folder / "code.tar.gz"), url, str(self.folder / "keys") if keys else "", bare]
+        quick = f"import sys\nsys.modules['orchestrator'] = None\n{text}".replace("PAUSE_S = 2.0", "PAUSE_S = 0.05")
         return subprocess.run(
             [sys.executable, *flags, quick, *words], capture_output=True, text=True, check=False, env=env, timeout=60
         )
