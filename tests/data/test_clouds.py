@@ -161,9 +161,9 @@ def test_of_two_writers_the_one_that_knows_the_version_wins(url: str, tmp_path: 
 
 
 def test_the_record_of_a_run_has_one_writer_there_too(url: str, tmp_path: Path) -> None:
-    for name in "ab":
+    for name in "abc":
         (tmp_path / name).mkdir()
-    old, new = (StoredRecord(f"{url}/kept/run", tmp_path / name) for name in "ab")
+    old, new, waiting = (StoredRecord(f"{url}/kept/run", tmp_path / name) for name in "abc")
     old.claim()
     old.begin(1, range(1))
     (tmp_path / "a" / "result.json").write_text('{"state": "running"}')
@@ -177,6 +177,6 @@ def test_the_record_of_a_run_has_one_writer_there_too(url: str, tmp_path: Path) 
     new.begin(2, range(1))
     (tmp_path / "b" / "result.json").write_text('{"state": "done"}')
     assert new.flush(30) is None
-    assert StoredRecord(f"{url}/kept/run", tmp_path / "a").is_finished()
-    for record in (old, new):
+    assert waiting.is_finished()
+    for record in (old, new, waiting):
         record.close()
