@@ -16,10 +16,11 @@ Made = list[tuple[Resource, Object]]
 GPU = "nvidia.com/gpu"
 POOLS = {"roomy": ("3", "8", "32", "128"), "small": ("2", "4", "8", "16"), "plain": ("3", "0", "8", "32")}
 """Simulated nodes, one in each of three zones: how many, GPUs, CPUs, GiB."""
-PLAIN = ("compute.num_processes=2", "compute.num_nodes=2", "cluster.node_selector=['rig/pool=plain']",
-         "cluster.tolerations=['rig/fake:NoSchedule']", "cluster.spread=any", "cluster.memory_gib_per_process=1",
-         "cluster.cpus_per_process=2")  # fmt: skip
-GPUS = ("compute=gpu", "compute.num_processes=16", "compute.num_nodes=2", "cluster.spread=any",
+PLAIN = ("cluster.disk_gib=0", "compute.num_processes=2", "compute.num_nodes=2",
+         "cluster.node_selector=['rig/pool=plain']",
+         "cluster.tolerations=['rig/fake:NoSchedule']", "cluster.spread=any",
+         "cluster.memory_gib_per_process=1", "cluster.cpus_per_process=2")  # fmt: skip
+GPUS = ("cluster.disk_gib=0", "compute=gpu", "compute.num_processes=16", "compute.num_nodes=2", "cluster.spread=any",
         "recipe.global_batch_size=64", "cluster.cpus_per_process=0.5", "cluster.memory_gib_per_process=1")  # fmt: skip
 ROOMY = (*GPUS, "cluster.node_selector=['rig/pool=roomy']")
 QUEUED = (*PLAIN, "cluster.queue=QUEUE")
@@ -52,7 +53,7 @@ def holders(cpu: str, count: int = 1, pool: str = "plain", **spec: Any) -> Calla
     """Pods that hold CPUs of a pool."""
 
     def made(name: str) -> Made:
-        return [(POD, _holder(f"{name}-{number}", cpu, pool, spec)) for number in range(count)]
+        return [(POD, _holder(f"{name}-{cpu}-{number}", cpu, pool, spec)) for number in range(count)]
 
     return made
 
@@ -189,7 +190,7 @@ CASES: dict[str, Case] = {
     "a queue that is too small": Case("never", "queue", QUEUED, queue({"cpu": "3"})),
     "a queue without quota for GPUs": Case("never", "queue", (*ROOMY, "cluster.queue=QUEUE"), queue({"cpu": "64"})),
     "a queue without quota for disk": Case(
-        "never", "queue", QUEUED, lambda name: [
+        "never", "queue", (*QUEUED, "cluster.disk_gib=1"), lambda name: [
             (kind, _without_disk(obj)) if kind is CLUSTER_QUEUE else (kind, obj) for kind, obj in queue()(name)
         ],
     ),

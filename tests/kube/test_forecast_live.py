@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from administrator import rig_script, standing
+from administrator import NODE, rig_script, standing
 from forecasts import CASES, POOLS, Case, Made
-from launching import Cli, WarmServer, wait_for
+from launching import wait_for
 from live import TRAIN, Cluster
 
+from orchestrator.bundle import Bundle, freeze
+from orchestrator.cli.outlook import look_ahead
+from orchestrator.cluster.job import JobSpec, job_of
+from orchestrator.cluster.kubernetes.lifecycle import erase
+from orchestrator.cluster.kubernetes.render import render
 from orchestrator.cluster.kubernetes.resources import POD, RUN, WORKLOAD
+from orchestrator.cluster.kubernetes.runs import find_run
+from orchestrator.cluster.kubernetes.submit import submit
 from orchestrator.cluster.kubernetes.survey import survey
+from orchestrator.compose import compose
 from orchestrator.errors import OrchestratorError
+from orchestrator.options import JobKind
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(240)]
 QUIET_S = 6.0
@@ -28,31 +37,29 @@ QUIET_S = 6.0
 
 
 @pytest.fixture(scope="module")
-def pools(space: Cluster) -> None:
-    """Simulated nodes, which stay: pods on them run without a process."""
-    rig = rig_script()
+def tag(space: Cluster) -> Iterator[str]:
+    """Simulated nodes of this session alone, by the end of their pools' names; pods on them run without a process."""
+    rig, tag = rig_script(), uuid.uuid4().hex[:4]
     if rig is None:
         pytest.skip("NO SIMULATED NODES: only the rig's own cluster has them")
     for pool, (count, gpus, cpus, gib) in POOLS.items():
-        words = ["fake", count, "--pool", pool, "--gpus", gpus, "--cpus", cpus, "--memory-gib", gib]
+        words = ["fake", count, "--pool", f"{pool}-{tag}", "--gpus", gpus, "--cpus", cpus, "--memory-gib", gib]
         subprocess.run([sys.executable, str(rig), *words], check=True)
+    yield tag
+    for pool, (count, *_) in POOLS.items():
+        for number in range(int(count)):
+            space.api.delete(NODE, f"{pool}-{tag}-{number}")
 
 
-@pytest.fixture(scope="module")
-def admin(space: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmServer]:
-    """Commands with the rights of whoever runs the cluster: a planner reads nodes and queues."""
-    warm = WarmServer(tmp_path_factory.mktemp("admin"), [])
-    yield warm
-    warm.close()
-
-
-def overrides_of(case: Case, cluster: Cluster, name: str) -> list[str]:
+def overrides_of(case: Case, cluster: Cluster, name: str, tag: str) -> list[str]:
     words = [*TRAIN, *cluster.overrides("job", name), "cluster.code=image", *case.run, f"name={name}"]
-    return [word.replace("QUEUE", name).replace("NAME", name) for word in words]
+    named = [word.replace("QUEUE", name).replace("NAME", name) for word in words]
+    return [re.sub(r"rig/pool=(\w+)", rf"rig/pool=\1-{tag}", word) for word in named]
 
 
-def objects_of(made: Made, cluster: Cluster) -> Made:
+def objects_of(made: Made, cluster: Cluster, tag: str) -> Made:
     text = json.dumps([obj for _, obj in made]).replace('"IMAGE"', json.dumps(cluster.image))
+    text = re.sub(r'"rig/pool": "(\w+)"', rf'"rig/pool": "\1-{tag}"', text)
     return list(zip((kind for kind, _ in made), json.loads(text), strict=True))
 
 
@@ -65,76 +72,75 @@ def settle(cluster: Cluster, made: Made) -> None:
     time.sleep(1.5)
 
 
-def started(cluster: Cluster, run_id: str, count: int) -> bool:
-    pods = cluster.api.list(POD, f"{RUN}={run_id}")[0]
-    return sum(bool(pod["spec"].get("nodeName")) for pod in pods) >= count
-
-
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_a_plan_comes_true(case: Case, pools: None, space: Cluster, admin: WarmServer, tmp_path: Path) -> None:
+def test_a_plan_comes_true(case: Case, tag: str, space: Cluster) -> None:
     if case.layer == "queue" and not space.api.serves(WORKLOAD):
         pytest.skip("NOT SERVED: the cluster has no Kueue")
-    cli, name = Cli(admin, tmp_path, ()), f"case-{uuid.uuid4().hex[:6]}"
-    words = overrides_of(case, space, name)
-    around, blockers = (objects_of(made(name), space) for made in (case.around, case.blockers))
-    holds = [one for one in words if one.startswith("compute.num_nodes=")][-1]
-    count = int(holds.partition("=")[2])
+    name = f"case-{uuid.uuid4().hex[:6]}"
+    bundle = freeze(compose(overrides_of(case, space, name, tag)))
+    around, blockers = (objects_of(made(name), space, tag) for made in (case.around, case.blockers))
     with standing(space.api, around):
         with standing(space.api, blockers):
             settle(space, [*around, *blockers])
-            keep_snapshot(space, name, case, words)
-            planned = cli("plan", "train", *words, "--json")
-            assert planned.code in (0, 42), planned.err
-            facts = planned.json()["cluster"]
-            layer = [one["verdict"] for one in facts["layers"] if one["layer"] == case.layer]
-            assert case.verdict in layer, facts
-            assert facts["verdict"] == case.verdict, facts
-            assert planned.code == (42 if case.verdict == "never" else 0)
-            sent = cli("train", *words, "--json")
-            run_id = sent.json()["run_id"] if sent.code == 0 else None
+            keep_snapshot(space, name, tag, case, bundle)
+            found = look_ahead(bundle, [])
+            said = "\n".join(f"{one.layer}: {one.verdict.name}: {one.said}" for one in found.findings)
+            assert (case.layer, case.verdict) in [(one.layer, one.verdict.name) for one in found.findings], said
+            assert found.verdict.name == case.verdict, said
+            spec, is_sent = job_of(bundle, None), True
             try:
-                watch(case, space, run_id, count)
+                submit(space.api, spec)
+            except OrchestratorError:
+                is_sent = False
+            try:
+                watch(case, space, spec, is_sent)
             except BaseException:
-                remove(cli, space, run_id)
+                remove(space, spec.run_id)
                 raise
-        if case.blockers(name):
-            assert run_id is not None
-            wait_for(lambda: started(space, run_id, count), "the run to start once the way is free", 90)
-        remove(cli, space, run_id)
+        if blockers:
+            wait_for(lambda: has_started(space, spec), "the run to start once the way is free", 90)
+        remove(space, spec.run_id)
 
 
-def watch(case: Case, cluster: Cluster, run_id: str | None, count: int) -> None:
+def watch(case: Case, cluster: Cluster, spec: JobSpec, is_sent: bool) -> None:
     """Whether the cluster does as planned."""
     if case.verdict == "fits":
-        assert run_id is not None
-        wait_for(lambda: started(cluster, run_id, count), "the run to start", 60)
+        assert is_sent
+        wait_for(lambda: has_started(cluster, spec), "the run to start", 60)
         return
     until = time.monotonic() + QUIET_S
-    while run_id is not None and time.monotonic() < until:
-        assert not started(cluster, run_id, count), f"{case.verdict} was planned, and it started"
+    while is_sent and time.monotonic() < until:
+        assert not has_started(cluster, spec), f"{case.verdict} was planned, and it started"
         time.sleep(0.5)
 
 
-def remove(cli: Cli, cluster: Cluster, run_id: str | None) -> None:
-    if run_id is None:
-        return
-    with suppress(OrchestratorError):
-        cli("cancel", run_id, *cluster.verbs, "--now")
-    removed = cli("rm", run_id, *cluster.verbs)
-    assert removed.code == 0, removed.err
+def has_started(cluster: Cluster, spec: JobSpec) -> bool:
+    """Whether every pod has its node."""
+    pods = cluster.api.list(POD, f"{RUN}={spec.run_id}")[0]
+    return sum(bool(pod["spec"].get("nodeName")) for pod in pods) >= spec.num_nodes
 
 
-def keep_snapshot(cluster: Cluster, name: str, case: Case, words: list[str]) -> None:
+def remove(cluster: Cluster, run_id: str) -> None:
+    found = find_run(cluster.api, run_id)
+    if found is not None:
+        for pod in cluster.api.list(POD, f"{RUN}={run_id}")[0]:
+            cluster.api.delete(POD, pod["metadata"]["name"], grace_s=0)
+        erase(cluster.api, found)
+
+
+def keep_snapshot(cluster: Cluster, name: str, tag: str, case: Case, bundle: Bundle) -> None:
     """Where $KEEP_SNAPSHOTS says so: the case as it can be replayed without a cluster."""
     folder = os.environ.get("KEEP_SNAPSHOTS")
     if not folder:
         return
     label = next(key for key, one in CASES.items() if one is case)
-    kept = {
-        "overrides": words,
-        "verdict": case.verdict,
-        "layer": case.layer,
-        "snapshot": survey(cluster.api, None).facts(),
-    }
-    text = json.dumps(kept, indent=1, sort_keys=True).replace(name, "case").replace(cluster.api.namespace, "training")
+    objects = render(job_of(bundle, None), JobKind.job)
+    taken = survey(cluster.api, coming=objects).facts()
+    kept = {"objects": objects, "verdict": case.verdict, "layer": case.layer, "snapshot": taken}
+    text = (
+        json.dumps(kept, sort_keys=True)
+        .replace(name, "case")
+        .replace(f"-{tag}", "")
+        .replace(cluster.api.namespace, "training")
+    )
     (Path(folder) / f"{label.replace(' ', '_').replace(',', '')}.json").write_text(text + "\n")
