@@ -175,10 +175,13 @@ class Api:
             raise failure_of(self._named(Request("GET", "/watch")), event["object"]["code"], event["object"])
         return event["type"], event["object"]
 
-    def stream(self, path: str, query: Mapping[str, str], silence_s: float) -> Stream:
-        """Lines of an answer; more than `silence_s` without one counts as a broken connection."""
+    def stream(self, path: str, query: Mapping[str, str], silence_s: float, patient: bool = True) -> Stream:
+        """Lines of an answer; more than `silence_s` without one counts as a broken connection.
+
+        `patient`: ask again where the server cannot answer.
+        """
         request = Request("GET", path, query, accept="*/*", silence_s=silence_s)
-        return Stream(self._answered(request), self._named(request))
+        return Stream((self._answered if patient else self._once)(request), self._named(request))
 
     def call(self, request: Request) -> Object:
         """One call, repeated while the server cannot answer."""

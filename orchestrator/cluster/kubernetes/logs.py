@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from orchestrator.cluster.backend import LogLine
 from orchestrator.cluster.kubernetes.api import Api, Object, Stream
-from orchestrator.cluster.kubernetes.failures import NotFound, Refused
+from orchestrator.cluster.kubernetes.failures import Busy, NotFound, Refused
 from orchestrator.cluster.kubernetes.pods import container_of, failed_setup, has_log, is_active
 from orchestrator.cluster.kubernetes.resources import POD
 from orchestrator.cluster.lines import Said, parse, source
@@ -44,11 +44,13 @@ class PodLog:
         self._stream: Stream | None = None
 
     def read(self) -> Iterator[Stamped]:
-        """What is there now."""
+        """What is there now; where the pod's node does not answer, that is said and nothing comes."""
         try:
             yield from self._once(follow=False)
         except NotFound:
             return
+        except Busy as error:
+            logger.warning("log of %s: %s", self._name, error)
 
     def follow(self) -> Iterator[Stamped]:
         """Until the container has ended and all is read, or the pod is gone. Raises TransientError after patience."""

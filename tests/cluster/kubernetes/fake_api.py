@@ -79,6 +79,8 @@ class FakeApi:
         self.cut_logs: list[int] = []
         """Lines after which the next streams of logs break off."""
         self.logs: dict[str, Log] = {}
+        self.lost_pods: set[str] = set()
+        """Those whose node does not answer."""
         self.calls: list[tuple[str, str]] = []
         self.accepted: list[str] = []
         """The header Accept of each call."""

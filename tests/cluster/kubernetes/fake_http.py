@@ -83,6 +83,9 @@ def handler_of(api: FakeApi) -> type[BaseHTTPRequestHandler]:  # noqa: C901
                 return
             found = match.groupdict()
             self._authorize(found, query)
+            if found["part"] == "log" and found["name"] in api.lost_pods:
+                said = "dial tcp 10.0.0.1:10250: connect: connection refused"
+                raise Refusal(500, "InternalError", f'Get "https://10.0.0.1:10250/containerLogs": {said}')
             if found["part"] == "log":
                 self._log(found["name"] or "", query)
             elif query.get("watch") == "true":

@@ -154,6 +154,22 @@ def test_a_run_and_its_cluster_that_disagree_are_both_quoted(server: FakeApi, ba
     assert facts["reason"] == "DeadlineExceeded: too long; the run itself said that it is done"
 
 
+def test_a_run_whose_node_does_not_answer_has_a_status_and_the_logs_of_the_others(
+    server: FakeApi, backend: KubernetesBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    put_run(server)
+    for index in (0, 1):
+        server.put(CORE, "pods", pod(index))
+        server.log(f"{RUN_ID}-{index}-aaaaa").write(f"[a1 r{index} #1] here")
+    server.lost_pods = {f"{RUN_ID}-0-aaaaa"}
+    facts = backend.status(RUN_ID)
+    assert (facts["state"], facts["step"]) == ("running", None)
+    assert f"the last words of {RUN_ID}-0-aaaaa are not known: " in caplog.text
+    assert [line.text for line in backend.logs(RUN_ID, False, None)] == ["here"]
+    assert f"log of {RUN_ID}-0-aaaaa: " in caplog.text
+    assert "connection refused" in caplog.text
+
+
 def test_an_unknown_id_gets_the_nearest_one(backend: KubernetesBackend, server: FakeApi) -> None:
     put_run(server)
     with pytest.raises(UserError, match=rf"ID digits-0123 is no run in namespace default of test: did you.*{RUN_ID}"):
