@@ -50,15 +50,15 @@ def standing(api: Api, objects: Sequence[tuple[Resource, Object]]) -> Iterator[N
 
 
 @contextmanager
-def queue_of(api: Api, quotas: dict[str, str]) -> Iterator[str]:
+def queue_of(api: Api, suffix: str, quotas: dict[str, str]) -> Iterator[str]:
     """A queue of this namespace alone, and the classes NAME-low and NAME-high; yields NAME.
 
     Who has a higher class takes the place of who has a lower one.
     """
-    name = api.namespace
+    name = f"{api.namespace}-{suffix}"
     flavor = {"name": name, "resources": [{"name": key, "nominalQuota": value} for key, value in quotas.items()]}
     spec = {
-        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}},
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": api.namespace}},
         "preemption": {"withinClusterQueue": "LowerPriority"},
         "resourceGroups": [{"coveredResources": list(quotas), "flavors": [flavor]}],
     }
