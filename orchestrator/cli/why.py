@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.cli.backends import add_id, add_verb, choose_backend, compose_cluster, open_run
+from orchestrator.cli.backends import add_id, add_verb, choose_backend, open_run
 from orchestrator.cli.console import note, print_json
 from orchestrator.errors import EXIT_DONE
 
@@ -77,13 +77,10 @@ def explain_run(args: argparse.Namespace) -> int:
 
 
 def _take(args: argparse.Namespace, with_run: bool) -> Snapshot:
-    from orchestrator.cluster.taking import take
-
-    if with_run:
-        backend, args.run_id = open_run(args)
-    else:
-        backend = choose_backend(args)
-    return take(compose_cluster(args), backend, args.runs_dir, args.run_id if with_run else None)
+    if not with_run:
+        return choose_backend(args).snapshot(None)
+    backend, args.run_id = open_run(args)
+    return backend.snapshot(args.run_id)
 
 
 def told(answer: Answer) -> list[str]:

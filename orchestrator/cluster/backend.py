@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from orchestrator.cluster.snapshot import Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,10 @@ class Backend(Protocol):
 
     def stacks(self, run_id: str) -> dict[int, str]:
         """The Python stack of every living rank."""
+        ...
+
+    def snapshot(self, run_id: str | None) -> Snapshot:
+        """What the cluster and the run tell at this moment; None: of the cluster alone."""
         ...
 
     def remove(self, run_id: str) -> None:

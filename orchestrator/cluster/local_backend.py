@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.cluster.backend import LogLine
 from orchestrator.cluster.lock import holder, only_writer
@@ -21,6 +21,9 @@ from orchestrator.track.status import status_of
 from orchestrator.track.words import exit_meaning, first_line
 from orchestrator.train.heartbeat import heartbeat_file, read_sign
 from orchestrator.train.stacks import stacks_file
+
+if TYPE_CHECKING:
+    from orchestrator.cluster.snapshot import Snapshot
 
 
 class LocalBackend:
@@ -73,6 +76,11 @@ class LocalBackend:
         found = dump_stacks(folder, attempt, {rank: pid for rank, pid in pids.items() if rank not in stopped})
         told = {rank: "\n".join(stack.frames) or NO_ANSWER for rank, stack in found.items()}
         return dict(sorted({**told, **{rank: STOPPED.format(pid=pids[rank]) for rank in stopped}}.items()))
+
+    def snapshot(self, run_id: str | None) -> Snapshot:
+        from orchestrator.cluster.local_survey import survey
+
+        return survey(self._runs_dir, run_id and self._folder(run_id).name)
 
     def remove(self, run_id: str) -> None:
         """Here the folder is all that there is of a run."""

@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 from orchestrator.cluster.backend import LogLine
 from orchestrator.cluster.local_backend import LocalBackend
+from orchestrator.cluster.local_survey import survey_folder
+from orchestrator.cluster.snapshot import Snapshot, now
 from orchestrator.cluster.stored_runs import NoRun, StoredRuns, is_no_checkpoint
 from orchestrator.errors import UserError
 
@@ -55,6 +57,14 @@ class StoredBackend:
 
     def stacks(self, run_id: str) -> dict[int, str]:
         self._refuse(run_id, "stack")
+
+    def snapshot(self, run_id: str | None) -> Snapshot:
+        if run_id is None:
+            return Snapshot(now(), "local", self._runs.url)
+        with TemporaryDirectory() as scratch:
+            folder = Path(scratch) / run_id
+            self._runs.fetch(run_id, folder, is_no_checkpoint)
+            return survey_folder(folder, self._runs.facts(run_id), self._runs.url)
 
     def remove(self, run_id: str) -> None:
         self._refuse(run_id, "rm")

@@ -25,6 +25,8 @@ from orchestrator.cluster.kubernetes.resources import RUN, run_of
 from orchestrator.cluster.kubernetes.runs import Found, all_runs, get_run, observe, pods_of
 from orchestrator.cluster.kubernetes.states import Observed, RunState, is_suspended, queue_of, state_of
 from orchestrator.cluster.kubernetes.submit import create
+from orchestrator.cluster.kubernetes.survey import survey
+from orchestrator.cluster.snapshot import Snapshot
 from orchestrator.cluster_config import ClusterConfig
 from orchestrator.errors import UserError
 
@@ -108,6 +110,9 @@ class KubernetesBackend:
         self._training(run_id)
         pods = [pod for pod in pods_of(self._api, run_id) if is_running(pod) and has_started(pod)]
         return ask_for_stacks(self._api, pods) if pods else {}
+
+    def snapshot(self, run_id: str | None) -> Snapshot:
+        return survey(self._api, run_id)
 
     def remove(self, run_id: str) -> None:
         found = get_run(self._api, run_id)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.cluster.backend import LogLine
 from orchestrator.cluster.code import archive_of
@@ -33,6 +33,9 @@ from orchestrator.cluster.ray.submit import (
 from orchestrator.cluster_config import ClusterConfig
 from orchestrator.errors import TransientError, UserError, nearest
 from orchestrator.files import read_json
+
+if TYPE_CHECKING:
+    from orchestrator.cluster.snapshot import Snapshot
 
 ERRAND_S = 60.0
 POLL_S = 0.3
@@ -119,6 +122,11 @@ class RayBackend:
             if said.kind == "stack" and said.rank is not None:
                 stacks.setdefault(said.rank, []).append(said.text)
         return {rank: "\n".join(frames) for rank, frames in stacks.items()}
+
+    def snapshot(self, run_id: str | None) -> Snapshot:
+        from orchestrator.cluster.ray.survey import survey
+
+        return survey(self._dashboard, run_id and str(self._jobs(run_id)[-1]["metadata"][RUN_KEY]))
 
     def remove(self, run_id: str) -> None:
         jobs = self._jobs(run_id)
