@@ -162,3 +162,5 @@ def test_why_reads_the_folder_of_a_run_here(tmp_path: Path, capsys: pytest.Captu
     taken = json.loads(capsys.readouterr().out)
     assert taken["record"]["lines"] == [{"attempt": 1, "rank": 0, "lines": ["one", "two"]}]
     assert taken["objects"]["Machine"][0]["disk"]["free"] > 0
+    assert main(["why", RUN, "--runs-dir", f"file://{tmp_path}/runs"]) == 42, "of a store, as far as its folder tells"
+    assert "1. user-error: rank 0" in capsys.readouterr().out
