@@ -180,7 +180,7 @@ def _keep(found: Inventory, kind: str, objects: list[Object], cut: str) -> None:
 
 def _why(resource: Resource, error: OrchestratorError) -> str:
     if isinstance(error, Forbidden):
-        return f"no right to list {resource.plural}"
+        return error.right
     if isinstance(error, NotServed):
         return f"the cluster does not serve {resource.plural} of {resource.api}"
     return str(error).partition(". Way out")[0]

@@ -30,15 +30,15 @@ SUBMITTER = {
     "kueue.x-k8s.io/workloads": "list patch",
 }
 READER = {
-    "/nodes": "get list",
+    "/nodes": "list",
     "/pods": "list",
     "/namespaces": "get",
     "/resourcequotas": "list",
     "/limitranges": "list",
     "storage.k8s.io/storageclasses": "list",
     "scheduling.k8s.io/priorityclasses": "get list",
-    "kueue.x-k8s.io/clusterqueues": "get list",
-    "kueue.x-k8s.io/resourceflavors": "get list",
+    "kueue.x-k8s.io/clusterqueues": "list",
+    "kueue.x-k8s.io/resourceflavors": "list",
     "kueue.x-k8s.io/workloadpriorityclasses": "get list",
     "kueue.x-k8s.io/workloads": "list",
 }
