@@ -29,6 +29,7 @@ SNAPSHOT = """examples:
 All that `why` looks at, as one JSON file to attach to a question: objects, events, the run's last lines. Names of
 secrets are in it, values are not. Without an ID it is the cluster alone."""
 
+NO_RIGHT = "no right to "
 WIDE = 240
 """Characters of a piece of evidence."""
 
@@ -93,7 +94,14 @@ def told(answer: Answer) -> list[str]:
             lines += _cause(f"{place}.", cause)
     if answer.earlier:
         lines += ["met before, and over:", *(f"   {cause.said} ({cause.name})" for cause in answer.earlier)]
-    return [*lines, *(f"not read: {one}" for one in answer.unread if answer.causes)]
+    return [*lines, *(_unread(answer) if answer.causes else ())]
+
+
+def _unread(answer: Answer) -> list[str]:
+    """What there was no right to read, in one line."""
+    rights = [one.partition(NO_RIGHT)[2].split()[-1] for one in answer.unread if f": {NO_RIGHT}" in one]
+    others = [f"not read: {one}" for one in answer.unread if f": {NO_RIGHT}" not in one and ": only" not in one]
+    return [*others, *([f"not read: no right to {', '.join(rights)}"] if rights else [])]
 
 
 def _cause(head: str, cause: Cause) -> list[str]:

@@ -206,13 +206,13 @@ def test_why_needs_no_cluster_where_it_has_a_file(tmp_path: Path, capsys: pytest
     assert main(["why", "--snapshot", str(write(tmp_path / "good.json", world.snapshot().facts()))]) == 0
     assert capsys.readouterr().out == f"run {world.run['metadata']['name']}: nothing is wrong: step 412 of 1,000\n"
     no_secret(world)
-    world.missing["Node"] = "no right to list nodes"
+    world.missing |= {"Node": "no right to list nodes", "ResourceQuota": "no right to list quotas"}
     path = write(tmp_path / "bad.json", world.snapshot().facts())
     assert main(["why", "--snapshot", str(path)]) == 42
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("starting: 0 of 2 pods run")
     assert lines[1] == "1. secret-missing: namespace training has no secret wandb, which its pods mount (2 pods)"
-    assert lines[-1] == "not read: Node: no right to list nodes"
+    assert lines[-1] == "not read: no right to nodes, quotas"
     assert main(["why", "--snapshot", str(path), "--json"]) == 42
     facts = json.loads(capsys.readouterr().out)
     assert (facts["schema"], facts["causes"][0]["name"], facts["causes"][0]["pods"]) == (1, "secret-missing", 2)
