@@ -101,7 +101,7 @@ def _unread(answer: Answer) -> list[str]:
     """What there was no right to read, in one line."""
     rights = [one.partition(NO_RIGHT)[2].split()[-1] for one in answer.unread if f": {NO_RIGHT}" in one]
     others = [f"not read: {one}" for one in answer.unread if f": {NO_RIGHT}" not in one and ": only" not in one]
-    return [*others, *([f"not read: no right to {', '.join(rights)}"] if rights else [])]
+    return [*others, *([f"not read: no right to read {', '.join(rights)}"] if rights else [])]
 
 
 def _cause(head: str, cause: Cause) -> list[str]:

@@ -212,7 +212,7 @@ def test_why_needs_no_cluster_where_it_has_a_file(tmp_path: Path, capsys: pytest
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("starting: 0 of 2 pods run")
     assert lines[1] == "1. secret-missing: namespace training has no secret wandb, which its pods mount (2 pods)"
-    assert lines[-1] == "not read: no right to nodes, quotas"
+    assert lines[-1] == "not read: no right to read nodes, quotas"
     assert main(["why", "--snapshot", str(path), "--json"]) == 42
     facts = json.loads(capsys.readouterr().out)
     assert (facts["schema"], facts["causes"][0]["name"], facts["causes"][0]["pods"]) == (1, "secret-missing", 2)
