@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -122,3 +123,20 @@ def test_the_commands_of_the_page_on_clusters_show_what_they_would_send(tmp_path
         shown = done.stdout + "".join(path.read_text() for path in tmp_path.glob("*.yaml"))
         kinds.append({kind for kind in ("kind: Job\n", "kind: JobSet\n", "entrypoint") if kind in shown})
     assert ["kind: Job\n" in kinds[0], "kind: JobSet\n" in kinds[1], "entrypoint" in kinds[2]] == [True] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.docs
+@pytest.mark.timeout(240)
+def test_the_commands_of_the_page_on_plans_print_what_it_shows(tmp_path: Path) -> None:
+    case = json.loads((ROOT / "tests/cluster/forecast/cases/eight_GPUs_on_nodes_of_four.json").read_text())
+    (tmp_path / "cluster.json").write_text(json.dumps(case["snapshot"]))
+    page, said = ROOT / "docs" / "plan.md", ""
+    for line in lines_of(page):
+        code = re.search(r"exit code (\d+)", line)
+        program, *arguments = shlex.split(line, comments=True)
+        done = subprocess.run([BIN / program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == int(code[1] if code else 0), f"{line}:\n{done.stdout}\n{done.stderr}"
+        said += done.stdout
+    (shown,) = re.findall(r"```text\n(.*?)```", page.read_text(), re.DOTALL)
+    assert shown in said

@@ -51,8 +51,11 @@ def _kind(wanted: JobKind, around: Snapshot) -> JobKind:
 
 def rows(found: Forecast) -> list[tuple[str, str]]:
     """(name, text) of each layer, what stands in the way first."""
+    from orchestrator.cluster.forecast.answer import Verdict
+
     blind = sorted({one.layer for one in found.findings if not one.verdict})
-    listed = [("verdict", found.verdict.word + (f", as far as was checked (not: {', '.join(blind)})" if blind else ""))]
+    doubt = f", as far as was checked (not: {', '.join(blind)})" if blind and found.verdict < Verdict.never else ""
+    listed = [("verdict", found.verdict.word + doubt)]
     for finding in sorted(found.findings, key=lambda one: -one.verdict):
         listed.append((finding.layer, f"{finding.verdict.word}: {finding.said}"))
         if finding.way_out:

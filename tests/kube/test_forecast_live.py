@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from administrator import NODE, rig_script, standing
@@ -32,6 +33,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.options import JobKind
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(240)]
+UNUSED = ("Event", "Job", "JobSet", "TrainJob", "RayJob", "RayCluster", "Service")
 QUIET_S = 6.0
 """After which a run that nothing starts is taken for one that does not start."""
 
@@ -128,6 +130,20 @@ def remove(cluster: Cluster, run_id: str) -> None:
         erase(cluster.api, found)
 
 
+def slim(facts: dict[str, Any], tag: str) -> dict[str, Any]:
+    """Without what `plan` does not look at, and without the simulated nodes of other sessions."""
+    objects = {kind: found for kind, found in facts["objects"].items() if kind not in UNUSED}
+    objects["Node"] = [
+        {**node, "status": {"allocatable": node["status"]["allocatable"], "images": node["status"]["images"],
+                            "conditions": [one for one in node["status"]["conditions"] if one["type"] == "Ready"]}}
+        for node in objects["Node"]
+        if "rig/pool" not in node["metadata"]["labels"] or tag in node["metadata"]["name"]
+    ]  # fmt: skip
+    kept = {node["metadata"]["name"] for node in objects["Node"]}
+    objects["Pod"] = [pod for pod in objects["Pod"] if pod["spec"].get("nodeName") in kept]
+    return {**facts, "objects": objects}
+
+
 def keep_snapshot(cluster: Cluster, name: str, tag: str, case: Case, bundle: Bundle) -> None:
     """Where $KEEP_SNAPSHOTS says so: the case as it can be replayed without a cluster."""
     folder = os.environ.get("KEEP_SNAPSHOTS")
@@ -135,7 +151,7 @@ def keep_snapshot(cluster: Cluster, name: str, tag: str, case: Case, bundle: Bun
         return
     label = next(key for key, one in CASES.items() if one is case)
     objects = render(job_of(bundle, None), JobKind.job)
-    taken = survey(cluster.api, coming=objects).facts()
+    taken = slim(survey(cluster.api, coming=objects).facts(), tag)
     kept = {"objects": objects, "verdict": case.verdict, "layer": case.layer, "snapshot": taken}
     text = (
         json.dumps(kept, sort_keys=True)

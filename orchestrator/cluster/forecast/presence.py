@@ -20,7 +20,7 @@ def judge_presence(objects: Sequence[Object], groups: Sequence[Group], around: S
     brought = {(obj["kind"], obj["metadata"]["name"]) for obj in objects}
     findings = [_look(kind, name, around) for kind, name in wanted if (kind, name) not in brought]
     told = [finding for finding in findings if finding.verdict is not Verdict.fits]
-    there = [Finding(LAYER, Verdict.fits, f"all {len(findings)} things that it refers to are there")]
+    there = [Finding(LAYER, Verdict.fits, f"everything that it refers to is there ({len(findings)})")]
     return [*(told or there), *_image(groups, around)]
 
 
