@@ -177,7 +177,7 @@ def test_a_copy_of_a_cluster_s_run_is_resumed_there(cli: Cli, small: Slow) -> No
     assert f"Way out: orchestrator resume {folder.name} cluster=ray" in refused.err
 
 
-@pytest.mark.parametrize("verb", ["status", "logs", "cancel", "resume", "pull", "stack", "rm"])
+@pytest.mark.parametrize("verb", ["status", "why", "snapshot", "logs", "cancel", "resume", "pull", "stack", "rm"])
 def test_every_verb_takes_the_beginning_of_an_id_and_names_what_is_near(cli: Cli, verb: str) -> None:
     for name in ("small-0123abcd", "small-0123ffff", "other-00000000"):
         (cli.cwd / "runs" / name).mkdir(parents=True)

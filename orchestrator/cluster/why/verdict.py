@@ -17,7 +17,6 @@ FINDERS = (
     queues.causes, creation.causes, placing.causes, volumes.causes, starting.causes, meeting.causes, ends.causes,
     told.of_pods,
 )  # fmt: skip
-FAIR = ("running", "done", "stopped", "starting", "queued")
 LATE_S = 300.0
 """After which a start that nobody explains is worth a question."""
 
@@ -71,16 +70,14 @@ def _of_record(snapshot: Snapshot) -> Answer:
 
 
 def _answer(run_id: str, state: str, said: str, causes: list[Cause], unread: tuple[str, ...]) -> Answer:
-    now = [cause for cause in causes if not cause.past]
-    earlier = [cause for cause in causes if cause.past]
-    return Answer(run_id, state, said, tuple(map(_named(run_id), now)), tuple(map(_named(run_id), earlier)), unread)
+    named = [_named(cause, run_id) for cause in causes]
+    now = tuple(cause for cause in named if not cause.past)
+    return Answer(run_id, state, said, now, tuple(cause for cause in named if cause.past), unread)
 
 
-def _named(run_id: str):
-    def put(cause: Cause) -> Cause:
-        return replace(cause, way_out=cause.way_out.replace(" ID", f" {run_id}"))
-
-    return put
+def _named(cause: Cause, run_id: str) -> Cause:
+    """With the run's id in the commands of its way out."""
+    return replace(cause, way_out=cause.way_out.replace(" ID", f" {run_id}"))
 
 
 def _standing(scene: Scene) -> str:
