@@ -230,3 +230,10 @@ def _without_disk(obj: Object) -> Object:
     kept: Sequence[Object] = [one for one in flavor["resources"] if one["name"] != "ephemeral-storage"]
     less = {"coveredResources": [one["name"] for one in kept], "flavors": [{**flavor, "resources": kept}]}
     return {**obj, "spec": {**obj["spec"], "resourceGroups": [less]}}
+
+
+EIGHT = (
+    "two pods on a pool with room", "eight GPUs on nodes of four", "a full pool", "a quota of CPUs that is too small",
+    "within the limits", "a queue with room", "a queue that is too small", "a claim that is not there",
+)  # fmt: skip
+"""Those that every change must pass."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from administrator import NODE, rig_script, standing
-from forecasts import CASES, POOLS, Case, Made
+from forecasts import CASES, EIGHT, POOLS, Case, Made
 from launching import wait_for
 from live import TRAIN, Cluster
 
@@ -74,7 +74,13 @@ def settle(cluster: Cluster, made: Made) -> None:
     time.sleep(1.5)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def params() -> list[Any]:
+    return [
+        pytest.param(case, id=key, marks=[pytest.mark.landing] if key in EIGHT else []) for key, case in CASES.items()
+    ]
+
+
+@pytest.mark.parametrize("case", params())
 def test_a_plan_comes_true(case: Case, tag: str, space: Cluster) -> None:
     if case.layer == "queue" and not space.api.serves(WORKLOAD):
         pytest.skip("NOT SERVED: the cluster has no Kueue")
