@@ -168,6 +168,13 @@ def test_a_user_s_mistake_is_not_tried_again(cluster: Cluster) -> None:
     assert not cluster.processes()
 
 
+def test_where_kuberay_starts_failed_jobs_again_a_final_end_is_a_stopped_job(cluster: Cluster) -> None:
+    run_id, _ = cluster.submit("data.train=/nowhere/train", "name=final", "cluster.env=[ORCHESTRATOR_KUBERAY=1]")
+    facts = cluster.wait(run_id, "failed", "stopped", "done")
+    assert (facts["state"], facts["exit_code"]) == ("stopped", 42)
+    assert "/nowhere/train" in facts["error"]
+
+
 def test_a_run_that_cannot_start_says_what_it_waits_for_and_ends_at_once_when_cancelled(cluster: Cluster) -> None:
     run_id, _ = cluster.submit("name=waiting", "cluster.placement=STRICT_SPREAD")
     what = "waits for its workers: 2 x (1 CPU, 0.5 GiB memory), STRICT_SPREAD; the cluster has "
