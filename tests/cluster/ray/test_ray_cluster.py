@@ -169,7 +169,7 @@ def test_a_user_s_mistake_is_not_tried_again(cluster: Cluster) -> None:
 
 
 def test_where_kuberay_starts_failed_jobs_again_a_final_end_is_a_stopped_job(cluster: Cluster) -> None:
-    run_id, _ = cluster.submit("data.train=/nowhere/train", "name=final", "cluster.env=[ORCHESTRATOR_KUBERAY=1]")
+    run_id, _ = cluster.submit("data.train=/nowhere/train", "name=final", "cluster.env=['ORCHESTRATOR_KUBERAY=1']")
     facts = cluster.wait(run_id, "failed", "stopped", "done")
     assert (facts["state"], facts["exit_code"]) == ("stopped", 42)
     assert "/nowhere/train" in facts["error"]
