@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from launching import Cli, WarmServer, wait_for
+from launching import Cli, WarmServer
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -28,7 +28,7 @@ from orchestrator.cluster.code import archive_of
 from orchestrator.cluster.job import job_of
 from orchestrator.cluster.kubernetes.api import Api, Object, Request, connect
 from orchestrator.cluster.kubernetes.render import render
-from orchestrator.cluster.kubernetes.resources import ACCOUNT, CLAIM, JOB, KINDS, POD, Resource
+from orchestrator.cluster.kubernetes.resources import ACCOUNT, CLAIM, KINDS, Resource
 from orchestrator.cluster.kubernetes.submit import create
 from orchestrator.compose import compose
 from orchestrator.options import JobKind
@@ -115,18 +115,13 @@ def command(space: Cluster) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
-def data(space: Cluster, command: Callable[..., str]) -> Cluster:
+def data(space: Cluster, server: WarmServer, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
     """The claim with a synthetic set, made by a pod."""
     words = ("/runs/data/synthetic" if word == "OUT" else word for word in MAKE_SHARDS)
-    run_id = command("make-data", "-m", "jobs.make_shards", *words)
-    done = wait_for(lambda: ended(space.api, JOB, run_id), "the synthetic set", 120)
-    assert done == "Complete", space.api.list(POD)
+    there = (text for text in space.overrides("job", "none") if text.startswith("cluster"))
+    answer = Cli(server, tmp_path_factory.mktemp("data"), ())("shards", "make", *words, "--follow", *there)
+    assert answer.code == 0, answer.err
     return space
-
-
-def ended(api: Api, resource: Resource, name: str) -> str | None:
-    conditions = (api.get(resource, name).get("status") or {}).get("conditions") or []
-    return next((one["type"] for one in conditions if one["type"] in ("Complete", "Failed")), None)
 
 
 def post(api: Api, resource: Resource, obj: Object) -> Object:

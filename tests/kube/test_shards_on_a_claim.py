@@ -101,3 +101,21 @@ def test_a_run_that_is_resumed_leaves_the_node_that_failed_it(unfit: Live) -> No
     assert resumed.code == 0, resumed.err
     assert all(f"{node}" in resumed.err for node in first)
     assert wait_for_an_end(unfit).isdisjoint(first)
+
+
+def test_packing_that_is_cancelled_ends_at_once_and_goes_on_where_it_was(
+    cli: Cli, space: Cluster, there: tuple[str, ...]
+) -> None:
+    many = ("--samples", "30000", "--classes", "4", "--size", "32", "--samples-per-shard", "500", "--workers", "1")
+    answer = cli("shards", "make", "synthetic", "/runs/many", *many, *there, "cluster.grace_s=120", "--json")
+    assert answer.code == 0, answer.err
+    job = Live(cli, space, answer.json()["run_id"])
+    job.wait(lambda facts: "packing: " in job.verb("logs").out, "the first shards")
+    began = time.monotonic()
+    cancelled = job.verb("cancel")
+    assert cancelled.code == 0, cancelled.err
+    assert time.monotonic() - began < 60, "the pod heard the signal and did not wait for its grace period"
+    assert job.facts()["state"] == "stopped"
+    assert job.verb("resume").code == 0
+    assert job.end()["exit_code"] == 0
+    assert job.verb("rm").code == 0
