@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.cli.backends import add_id, add_verb, choose_backend, open_run
 from orchestrator.cli.console import note, print_json
-from orchestrator.errors import EXIT_DONE
+from orchestrator.errors import EXIT_DONE, UserError
 
 if TYPE_CHECKING:
     from orchestrator.cluster.snapshot import Snapshot
@@ -65,16 +65,30 @@ def write_snapshot(args: argparse.Namespace) -> int:
 
 
 def explain_run(args: argparse.Namespace) -> int:
-    from orchestrator.cluster.snapshot import read_snapshot
     from orchestrator.cluster.why.verdict import explain
 
-    taken = read_snapshot(args.snapshot) if args.snapshot else _take(args, True)
-    answer = explain(taken, args.run_id)
+    answer = _of_file(args) if args.snapshot else explain(_take(args, True), args.run_id)
     if args.json:
         print_json(answer.facts())
     else:
         print("\n".join(told(answer)))
     return answer.exit_code
+
+
+def _of_file(args: argparse.Namespace) -> Answer:
+    from orchestrator.cluster.snapshot import read_snapshot
+    from orchestrator.cluster.why.verdict import explain
+
+    try:
+        return explain(read_snapshot(args.snapshot), args.run_id)
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:  # a file that somebody has edited: anything may be missing
+        rule = f"holds objects that no cluster writes ({type(error).__name__}: {error})"
+        way_out = "the file as `orchestrator snapshot` or kubectl wrote it"
+        raise UserError(f"--snapshot {args.snapshot[0]}: {rule}. Way out: {way_out}") from error
 
 
 def _take(args: argparse.Namespace, with_run: bool) -> Snapshot:

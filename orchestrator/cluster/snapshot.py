@@ -123,11 +123,19 @@ def from_kubectl(documents: Iterable[Object]) -> Snapshot:
 def _items(document: Object) -> Iterator[Object]:
     kind = str(document["kind"])
     if not kind.endswith("List"):
-        yield document
+        yield _event(document)
         return
     own = {} if kind == "List" else {"kind": kind.removesuffix("List"), "apiVersion": document.get("apiVersion", "")}
     for item in document.get("items") or []:
-        yield {**own, **item}
+        yield _event({**own, **item})
+
+
+def _event(obj: Object) -> Object:
+    """Of the newer group of events in the words of the older one, which is what kubectl asks for by itself."""
+    if "regarding" not in obj:
+        return obj
+    last = (obj.get("series") or {}).get("lastObservedTime") or obj.get("deprecatedLastTimestamp")
+    return {**obj, "involvedObject": obj["regarding"], "message": obj.get("note"), "lastTimestamp": last}
 
 
 def _newest(obj: Object) -> str | None:

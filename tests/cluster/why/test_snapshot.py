@@ -183,6 +183,26 @@ def test_lists_of_kubectl_are_a_snapshot_in_any_number_of_files(tmp_path: Path) 
     assert found.unread("ClusterQueue") == "nobody asked for ClusterQueue"
 
 
+def test_events_of_the_newer_group_are_read_as_well(tmp_path: Path) -> None:
+    world = healthy()
+    no_secret(world)
+    for one in world.objects["Event"]:
+        one |= {"apiVersion": "events.k8s.io/v1", "regarding": one.pop("involvedObject"), "note": one.pop("message")}
+        one["series"] = {"lastObservedTime": one.pop("lastTimestamp")}
+    path = write(
+        tmp_path / "a.json", {"kind": "List", "items": [one for found in world.objects.values() for one in found]}
+    )
+    assert explain(read_snapshot([path])).causes[0].name == "secret-missing"
+
+
+def test_a_file_that_somebody_has_cut_ends_with_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = healthy().snapshot().facts()
+    for one in facts["objects"]["Pod"]:
+        del one["metadata"]
+    assert main(["why", "--snapshot", str(write(tmp_path / "cut.json", facts))]) == 42
+    assert "holds objects that no cluster writes (KeyError: 'metadata')" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [
