@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,6 +25,7 @@ from orchestrator.track.words import duration
 from orchestrator.train.bucket import Bucket, StoreError
 from orchestrator.train.checkpoint import LATEST, MANIFEST, SCHEMA, open_checkpoint
 
+log = logging.getLogger(__name__)
 MARKS = ".store.json"
 """Beside files that came from a store: what marks each of them there, so that it comes again only if it changed."""
 CHECKPOINT = re.compile(r"checkpoints/(?P<step>step_\d{8})\.g(?P<generation>\d{4})/(?P<file>[^/]+)")
@@ -137,10 +140,13 @@ def _marks(target: Path) -> dict[str, str]:
 
 
 def _verify(steps: set[str], target: Path) -> None:
-    """Checkpoints that came are whole, and the pointer beside them names the last. Raises CheckpointError."""
+    """Only checkpoints that came whole stay, and the pointer beside them names the last."""
     for step in sorted(steps):
-        found = open_checkpoint(target / "checkpoints" / step)
+        folder = target / "checkpoints" / step
+        try:
+            found = open_checkpoint(folder)
+        except CheckpointError as error:
+            log.warning("a checkpoint in the store is not whole and stays there: %s", error)
+            shutil.rmtree(folder, ignore_errors=True)
+            continue
         write_json(target / "checkpoints" / LATEST, {"schema": SCHEMA, "step": found.step, "folder": step})
-
-
-__all__ = ["CheckpointError", "StoredRuns", "is_no_checkpoint", "is_record", "plain_names"]

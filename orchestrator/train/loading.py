@@ -80,6 +80,8 @@ def _from_checkpoint(path: Path, composed: Composed) -> Source:
     record = path.parent.parent / "run.json"
     frozen = read_json(record)["config"] if record.exists() else to_dict(composed.config)
     plain = overlay(frozen, composed)
+    if "://" in plain["runs_dir"]:  # where the run was kept, not what is made of its checkpoint here
+        plain["runs_dir"] = composed.config.runs_dir
     typed = composed.typed_keys()
     _require_same_model(path, manifest["model"], composed, typed)
     plain["model"] = {**manifest["model"], "weights": None}

@@ -76,10 +76,14 @@ class Shelf:
                     self.bucket.remove(name)
 
     def upload(self, folder: Path, manifest: dict[str, Any]) -> None:
-        """Files first, then the manifest, then the pointer. Raises TakenOver where a newer writer has come."""
+        """Files first, then the manifest, then the pointer. Raises TakenOver where a newer writer has come.
+
+        That one may have removed the files as those of a dead writer, so nothing becomes a checkpoint before a look.
+        """
         name = f"{folder.name}.g{self.generation:04d}"
         for file in manifest["files"]:
             self.bucket.put_file(f"{name}/{file}", folder / file)
+        self.point({})
         self.bucket.put_file(f"{name}/{MANIFEST}", folder / MANIFEST)
         pointed = self.pointer.get("step", -1)
         self.point({**self.pointer, "step": manifest["step"], "folder": name} if manifest["step"] > pointed else {})

@@ -25,6 +25,12 @@ def url(tmp_path: Path, trained: Run) -> str:
         folder.rename(folder.with_name(f"{folder.name}.g0002"))
     (tmp_path / "store" / "shards" / "train").mkdir(parents=True)
     (tmp_path / "store" / "shards" / "train" / "x.tar").write_bytes(b"no run at all")
+    sent = json.loads((kept / "run.json").read_text())
+    sent["config"]["runs_dir"] = f"file://{tmp_path}/store"
+    (kept / "run.json").write_text(json.dumps(sent))
+    torn = kept / "checkpoints" / "step_00000003.g0001"
+    shutil.copytree(kept / "checkpoints" / "step_00000014.g0002", torn)
+    (torn / "model.safetensors").unlink()
     half = kept / "checkpoints" / "step_00000014.g0003"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"of a start that was killed")
@@ -57,8 +63,10 @@ def test_it_comes_here_once_with_its_checkpoints_where_they_are_asked_for(cli: C
     pulled = cli("pull", run_id, "--runs-dir", url, "--checkpoints", "--to", cli.cwd / "runs")
     assert pulled.code == 0, pulled.err
     for path in trained.folder.rglob("*"):
-        if path.is_file() and path.name != "lock" and ".attempt" not in str(path):
+        if path.is_file() and path.name not in ("lock", "run.json") and ".attempt" not in str(path):
             assert (here / path.relative_to(trained.folder)).read_bytes() == path.read_bytes(), path
+    assert "step_00000003/manifest.json is of step 14" in pulled.err
+    assert not (here / "checkpoints" / "step_00000003").exists()
     same = [path for path in times if path.name != ".store.json"]
     assert {path: path.stat().st_mtime_ns for path in same} == {path: times[path] for path in same}, "what was here"
     evaluated = cli("evaluate", f"checkpoint={run_id}:last", "--json")

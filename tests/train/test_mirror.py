@@ -188,6 +188,30 @@ def test_an_older_writer_that_is_still_alive_changes_nothing_and_ends(
 
 
 @needs_weed
+def test_an_older_writer_that_is_overtaken_amid_an_upload_leaves_no_checkpoint_without_files(
+    tmp_path: Path, store: str, settings: CheckpointingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = (Machine(tmp_path / name, store, settings) for name in ("old", "new"))
+    put = Bucket.put_file
+
+    def put_and_be_overtaken(bucket: Bucket, key: str, path: Path) -> None:
+        put(bucket, key, path)
+        if key == "step_00000001.g0001/model.safetensors":
+            new.mirror.bring(-1)  # which removes it, as half of a checkpoint
+
+    old.mirror.bring(-1)
+    monkeypatch.setattr(Bucket, "put_file", put_and_be_overtaken)
+    old.save(1)
+    with pytest.raises(TakenOver):
+        old.mirror.finish(60)
+    bucket = Bucket(store)
+    assert not [name for name in bucket.names() if name.endswith("manifest.json")]
+    bucket.close()
+    for machine in (old, new):
+        machine.close()
+
+
+@needs_weed
 def test_saves_go_on_while_the_store_is_dead_and_arrive_when_it_lives_again(
     tmp_path: Path, store: str, settings: CheckpointingConfig, server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
