@@ -113,8 +113,9 @@ def told(answer: Answer) -> list[str]:
 
 def _unread(answer: Answer) -> list[str]:
     """What there was no right to read, in one line."""
-    rights = [one.partition(NO_RIGHT)[2].split()[-1] for one in answer.unread if f": {NO_RIGHT}" in one]
-    others = [f"not read: {one}" for one in answer.unread if f": {NO_RIGHT}" not in one and ": only" not in one]
+    whole = [one for one in answer.unread if ": only" not in one]
+    rights = [one.partition(NO_RIGHT)[2].split()[-1] for one in whole if f": {NO_RIGHT}" in one]
+    others = [f"not read: {one}" for one in whole if f": {NO_RIGHT}" not in one]
     return [*others, *([f"not read: no right to read {', '.join(rights)}"] if rights else [])]
 
 

@@ -34,6 +34,7 @@ class World:
     def __init__(self) -> None:
         self.objects: dict[str, list[Object]] = {kind: [] for kind in ALL}
         self.missing: dict[str, str] = {}
+        self.limits: dict[str, str] = {}
         self.record: dict[str, Any] = {}
 
     def add(self, kind: str, obj: Object) -> Object:
@@ -50,7 +51,9 @@ class World:
 
     def snapshot(self) -> Snapshot:
         objects = {kind: copy.deepcopy(found) for kind, found in self.objects.items() if kind not in self.missing}
-        return Snapshot(NOW, "kubernetes", "test", SPACE, RUN, objects, dict(self.missing), {}, self.record)
+        return Snapshot(
+            NOW, "kubernetes", "test", SPACE, RUN, objects, dict(self.missing), dict(self.limits), self.record
+        )
 
 
 def healthy() -> World:

@@ -227,6 +227,7 @@ def test_why_needs_no_cluster_where_it_has_a_file(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().out == f"run {world.run['metadata']['name']}: nothing is wrong: step 412 of 1,000\n"
     no_secret(world)
     world.missing |= {"Node": "no right to list nodes", "ResourceQuota": "no right to list quotas"}
+    world.limits["Pod"] = "only those of namespace training: no right to list pods of all"
     path = write(tmp_path / "bad.json", world.snapshot().facts())
     assert main(["why", "--snapshot", str(path)]) == 42
     lines = capsys.readouterr().out.splitlines()
