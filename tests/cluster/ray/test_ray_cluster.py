@@ -17,7 +17,7 @@ from ray_nodes import RayCluster, can_make_namespaces, one_node, two_nodes
 from orchestrator.bundle import freeze
 from orchestrator.cluster.code import archive_of
 from orchestrator.cluster.job import job_of
-from orchestrator.cluster.lines import LAST_WORDS
+from orchestrator.cluster.lines import last_words
 from orchestrator.cluster.ray.api import connect
 from orchestrator.cluster.ray.backend import RayBackend
 from orchestrator.cluster.ray.submit import Submitted, submit
@@ -170,11 +170,14 @@ def test_a_user_s_mistake_is_not_tried_again(cluster: Cluster) -> None:
 
 
 def test_where_kuberay_starts_failed_jobs_again_a_final_end_is_a_stopped_job(cluster: Cluster) -> None:
-    run_id, _ = cluster.submit("data.train=/nowhere/train", "name=final", "cluster.env=['ORCHESTRATOR_KUBERAY=1']")
+    run_id, submitted = cluster.submit(
+        "data.train=/nowhere/train", "name=final", "cluster.env=['ORCHESTRATOR_KUBERAY=1']"
+    )
     facts = cluster.wait(run_id, "failed", "stopped", "done")
     assert (facts["state"], facts["exit_code"]) == ("stopped", 42)
-    words = [line.text for line in cluster.backend.logs(run_id, False, None) if line.text.startswith(LAST_WORDS)]
-    assert [json.loads(one)["exit_code"] for one in words] == [42]
+    words = last_words(connect(cluster.config().config.cluster, {}).logs(submitted.submission_id))
+    assert words["exit_code"] == 42
+    assert "/nowhere/train" in words["error"]
 
 
 def test_a_run_that_cannot_start_says_what_it_waits_for_and_ends_at_once_when_cancelled(cluster: Cluster) -> None:
