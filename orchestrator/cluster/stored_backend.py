@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
@@ -15,6 +15,8 @@ from orchestrator.cluster.snapshot import Snapshot, now
 from orchestrator.cluster.stored_runs import NoRun, StoredRuns, is_no_checkpoint
 from orchestrator.errors import UserError
 
+AT_ONCE = 8
+"""Runs that are read at a time: each waits for its store most of it."""
 TOLD = ("run.json", "logs/", "events/launcher.jsonl")
 """What the lines of a run are made of."""
 
@@ -29,11 +31,15 @@ class StoredBackend:
         return self._runs.ids()
 
     def runs(self) -> list[dict[str, Any]]:
-        found = []
-        for run_id in self.ids():
-            with suppress(NoRun):
-                found.append(self._runs.facts(run_id))
-        return found
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return [facts for facts in pool.map(self._facts_of_a_run, self.ids()) if facts is not None]
+
+    def _facts_of_a_run(self, run_id: str) -> dict[str, Any] | None:
+        """None for what is no run."""
+        try:
+            return self._runs.facts(run_id)
+        except NoRun:
+            return None
 
     def status(self, run_id: str) -> dict[str, Any]:
         return {**self._runs.facts(run_id), "where": [f"{self._runs.url}/{run_id}"]}
