@@ -205,7 +205,8 @@ def _to_kubernetes(parcel: Parcel) -> dict[str, Any]:
         from orchestrator.cluster.kubernetes.code_store import upload
 
         is_new = upload(parcel.content, parcel.spec.archive_url)
-        note(f"code: {'went' if is_new else 'had gone'} to {parcel.spec.archive_url}")
+        keys = parcel.cluster.store_secret or "an identity of their own, for cluster.store_secret is not set"
+        note(f"code: {'went' if is_new else 'had gone'} to {parcel.spec.archive_url}; pods fetch it with {keys}")
     sent = submit(api, parcel.spec, parcel.content)
     for said in sent.notes:
         note(said)

@@ -74,8 +74,12 @@ def main(archive: str, url: str, keys_file: str, reader: str) -> int:
     said, status = found
     lasting = status not in PASSING and status < 500
     way_out = "cluster.store_secret names keys that may read there; submit again brings the code anew"
+    if not keys:
+        way_out = "cluster.store_secret=NAME/KEY, or a cluster.service_account with an identity that may read there"
+    elif not lasting:
+        way_out = "try again"
     told = f"code archive = {url}: the store does not give it ({status or 'no answer'}: {without(said, keys)})"
-    print(f"{told}. Way out: {way_out if lasting else 'try again'}", file=sys.stderr)
+    print(f"{told}. Way out: {way_out}", file=sys.stderr)
     return 42 if lasting else 75
 
 

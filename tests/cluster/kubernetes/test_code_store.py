@@ -210,6 +210,12 @@ class TestWithAStore:
         done = there.fetch(f"{there.url}/code-x.tar.gz", pairs(), AWS_ENDPOINT_URL="http://127.0.0.1:9")
         assert (done.returncode, "Way out: try again" in done.stderr) == (75, True), done.stderr
 
+    def test_a_pod_without_keys_is_told_how_it_gets_some(self, there: There) -> None:
+        """Whatever answers in the place of a cloud that would give it an identity."""
+        done = there.fetch(f"{there.url}/code-x.tar.gz", None, AWS_ENDPOINT_URL=there.endpoint)
+        assert done.returncode in (42, 75)
+        assert "Way out: cluster.store_secret=NAME/KEY" in done.stderr
+
     def test_a_submitter_without_keys_is_refused_and_one_without_a_store_may_try_again(
         self, there: There, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -236,6 +242,7 @@ class TestWithAStore:
             assert names(there.url) == []
             told = run(capsys, *words, "--json")
             assert (json.loads(told.out)["outcome"], f"code: went to {there.url}" in told.err) == ("submitted", True)
+            assert "; pods fetch it with store/keys" in told.err
             assert names(there.url) == [f"code-{LARGE.digest}.tar.gz"]
             assert "had gone" in run(capsys, *words).err
             every = json.dumps(list(kubernetes.objects.values()))
