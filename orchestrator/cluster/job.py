@@ -26,6 +26,8 @@ TRAINS, PACKS = "node", "shards"
 """What pods do, as their label says it."""
 GIB = 1 << 30
 LEAST_SHM = 64 << 20
+END_S = 15.0
+"""Beyond `cluster.grace_s`, before a cluster kills: for a launcher to end ranks that did not save, and to say so."""
 SPARE_BATCHES = 2
 """Beside those that a loader process keeps ready: one is being filled, one is being used."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from orchestrator.cluster.job import CODE_FOLDER, MASTER_PORT, JobSpec, Resources
+from orchestrator.cluster.job import CODE_FOLDER, END_S, MASTER_PORT, JobSpec, Resources
 from orchestrator.cluster.kubernetes import fetch, placing, unpack
 from orchestrator.cluster.kubernetes.mounts import ARCHIVE, ARCHIVE_FOLDER, HOME, bytes_of, keys_mount, mounted
 from orchestrator.cluster.kubernetes.resources import PRODUCT, RUN
@@ -59,7 +59,7 @@ def pod(spec: JobSpec, part: Part) -> dict[str, Any]:
         subdomain=part.subdomain,
         service_account=spec.service_account,
         priority_class=None if spec.queue else spec.priority,
-        grace_s=ceil(spec.grace_s),
+        grace_s=ceil(spec.grace_s + END_S),
         pull_secrets=[{"name": name} for name in spec.pull_secrets],
         node_selector=spec.node_selector,
         affinity=placing.affinity(spec, trained(spec)) if trains else None,

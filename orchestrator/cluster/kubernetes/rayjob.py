@@ -10,11 +10,10 @@ from dataclasses import replace
 from math import ceil
 from typing import Any
 
-from orchestrator.cluster.job import DRIVER, LEAST_SHM, RUN_FOLDER, JobSpec, Resources, command_of
+from orchestrator.cluster.job import DRIVER, END_S, LEAST_SHM, RUN_FOLDER, JobSpec, Resources, command_of
 from orchestrator.cluster.kubernetes.pod import Part, pod
 from orchestrator.cluster.ray import kuberay
 from orchestrator.cluster.ray.leave import LEAVE
-from orchestrator.cluster.ray.submit import END_S
 from orchestrator.errors import ConfigError
 
 OBJECT_STORE_BYTES = 256 << 20

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.cluster.job import JobSpec
+from orchestrator.cluster.job import END_S, JobSpec
 from orchestrator.cluster.ray.api import Dashboard, RequestRefused
 from orchestrator.cluster.ray.meeting import SUBMISSION_VARIABLE
 from orchestrator.errors import TransientError, UserError
@@ -25,8 +25,6 @@ RUN_KEY, FOLDER_KEY, BUNDLE_KEY = "orchestrator/run", "orchestrator/folder", "or
 RUN_FILE = "run.json"
 """In the working directory, which Ray unpacks on every node that the job touches."""
 LIVING = ("PENDING", "RUNNING")
-END_S = 15.0
-"""What the driver needs after the ranks have saved, before Ray kills it."""
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """The time of every file in the package, so that the same content has the same bytes."""
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from profiles import CODE, KINDS, PROFILES, RUN, SHARDS, STORED, pods_of, profile, spec_of
 
+from orchestrator.cluster.job import END_S
 from orchestrator.cluster.kubernetes.mounts import MIB
 from orchestrator.cluster.kubernetes.render import render
 from orchestrator.cluster.kubernetes.templates import to_yaml
@@ -92,7 +93,7 @@ def test_requests_are_limits_but_for_the_cpu(name: str, kind: JobKind):
 def test_pods_get_the_grace_period_and_leave_lost_nodes(name: str, kind: JobKind):
     spec = profile(name)
     for pod in pods(name, kind):
-        assert pod["spec"]["terminationGracePeriodSeconds"] == spec.grace_s >= 30
+        assert pod["spec"]["terminationGracePeriodSeconds"] == spec.grace_s + END_S >= 45
         lost = {one["key"]: one for one in pod["spec"]["tolerations"] if "tolerationSeconds" in one}
         assert set(lost) == {"node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"}
         assert {one["tolerationSeconds"] for one in lost.values()} == {spec.lost_node_s}

@@ -118,7 +118,7 @@ SLOTS: list[tuple[str, JobKind, str, str, dict[str, Any], Any]] = [
     ("pod.service_account", JOB, "Job", f"{POD}.serviceAccountName", {"service_account": "runner"}, "runner"),
     ("pod.priority_class", JOB, "Job", f"{POD}.priorityClassName", {"priority": "p"}, "p"),
     ("pod.priority_class", JOB, "Job", f"{POD}.priorityClassName", {"priority": "p", "queue": "q"}, None),
-    ("pod.grace_s", JOB, "Job", f"{POD}.terminationGracePeriodSeconds", {"grace_s": 77.2}, 78),
+    ("pod.grace_s", JOB, "Job", f"{POD}.terminationGracePeriodSeconds", {"grace_s": 77.2}, 93),
     ("pod.pull_secrets", JOB, "Job", f"{POD}.imagePullSecrets", {"pull_secrets": ("a", "b")},
      [{"name": "a"}, {"name": "b"}]),
     ("pod.node_selector", JOB, "Job", f"{POD}.nodeSelector", {"node_selector": {"pool": "a100"}}, {"pool": "a100"}),
