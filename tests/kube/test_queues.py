@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from administrator import queue_of
@@ -47,6 +49,15 @@ def test_a_run_gives_way_to_a_more_important_one_and_ends_in_the_same_bits(
         assert low.end()["attempt"] == 2
         assert retries_of(low, kind) == 0
         assert low.weights() == local_weights(*LONG)
+    folder = low.cli.cwd / "pulled" / low.run_id
+    assert codes_of(folder) == [143, 0]
+    assert low.cli("status", folder, "--json").json()["wasted_steps"] == 0
+
+
+def codes_of(folder: Path) -> list[int]:
+    """How each attempt ended, by the run's own record."""
+    events = map(json.loads, (folder / "events" / "launcher.jsonl").read_text().splitlines())
+    return [event["exit_code"] for event in events if event["kind"] == "end"]
 
 
 def retries_of(live: Live, kind: str) -> int:
