@@ -12,7 +12,7 @@ from orchestrator.cluster.forecast.amounts import short
 from orchestrator.cluster.kubernetes.resources import STOPPED
 from orchestrator.cluster.kubernetes.states import QUEUE, queue_of
 from orchestrator.cluster.why.cause import Cause, Depth, Evidence, Stage, shown
-from orchestrator.cluster.why.scene import Object, Scene, condition, is_true, of_condition, of_object, seconds
+from orchestrator.cluster.why.scene import Object, Scene, condition, of_condition, of_object, seconds
 from orchestrator.cluster.why.turns import ahead, cluster_queue_name, holders, holding, owner_of, priority, quota_of
 
 NEVER = re.compile(
@@ -36,7 +36,7 @@ def causes(scene: Scene) -> Iterator[Cause]:
     if workload is None:
         yield from _unnoticed(scene, queue)
         return
-    if is_true(workload, "Admitted") or scene.state.state in ("done", "failed"):
+    if scene.state.state in ("done", "failed"):
         return
     put_out = list(_put_out(scene, workload))
     yield from put_out

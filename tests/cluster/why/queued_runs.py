@@ -69,6 +69,25 @@ def preempted_in_the_queue(world: World) -> None:
     world.add("Workload", by)
 
 
+def being_preempted(world: World) -> None:
+    """Its pods still run, and save."""
+    by = workload("urgent-44444444", priority=1000)
+    why = (
+        f"Preempted to accommodate a workload (UID: {by['metadata']['uid']}) due to prioritization in the ClusterQueue"
+    )
+    pods, status = world.pods, world.run["status"]
+    own = queued(world, "")
+    own["status"]["conditions"] = [
+        condition("QuotaReserved", "True", "QuotaReserved"),
+        condition("Admitted", "True", "Admitted"),
+        condition("Evicted", "True", "Preempted", why),
+        condition("Preempted", "True", "InClusterQueue", why),
+    ]
+    world.objects["Pod"] += pods
+    world.run["status"], world.run["spec"]["suspend"] = status, False
+    world.add("Workload", by)
+
+
 def admission_check(world: World) -> None:
     own = queued(world, "")
     reserved = condition("QuotaReserved", "True", "QuotaReserved", "Quota reserved in ClusterQueue team")
@@ -94,5 +113,6 @@ CASES = (
     (queue_closed, "queue-closed", ("team", SPACE)),
     (queue_ignores, "queue-ignores-it", ("gpus", "Job")),
     (preempted_in_the_queue, "preempted", ("by urgent-44444444", "priority 1000 over 0")),
+    (being_preempted, "preempted", ("by urgent-44444444",)),
     (admission_check, "admission-check", ("no a100 in this zone",)),
 )  # fmt: skip
