@@ -130,7 +130,8 @@ def kept(server: FakeApi) -> dict[tuple[str, str], Any]:
 def _unsuspended(obj: dict[str, Any]) -> dict[str, Any]:
     spec = {k: v for k, v in obj.get("spec", {}).items() if k != "suspend"}
     metadata = {k: v for k, v in obj["metadata"].items() if v}
-    return {**obj, "metadata": metadata, **({"spec": spec} if spec else {})}
+    sent = {k: v for k, v in obj.items() if k != "status"}  # the controllers'
+    return {**sent, "metadata": metadata, **({"spec": spec} if spec else {})}
 
 
 def test_what_a_dry_run_prints_and_a_manifest_holds_is_what_is_sent(
