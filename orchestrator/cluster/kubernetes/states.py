@@ -182,10 +182,24 @@ def _waits_for(seen: Observed) -> str:
     return "; ".join(said) or "; ".join((f"waits until queue {queue_of(seen.run)} admits it", *seen.unread))
 
 
+def wanted_pods(run: Object) -> int:
+    """How many pods a run has that is whole, as far as its own object says."""
+    spec = run.get("spec") or {}
+    if run["kind"] == "TrainJob":
+        return int((spec.get("trainer") or {}).get("numNodes") or 1)
+    if run["kind"] == "RayJob":
+        groups = (spec.get("rayClusterSpec") or {}).get("workerGroupSpecs") or []
+        return 1 + sum(int(group.get("replicas") or 0) for group in groups)
+    jobs = [job["template"]["spec"] for job in spec.get("replicatedJobs") or []] or [spec]
+    return sum(int(job.get("completions") or 1) for job in jobs)
+
+
 def _progress(seen: Observed, active: Sequence[Object]) -> str:
     """`running` where every node's pod runs."""
     if seen.looked:
-        return "running" if active and all(map(is_running, active)) else "starting"
+        there = len(active) + sum(pod.get("status", {}).get("phase") == "Succeeded" for pod in seen.pods)
+        complete = there >= wanted_pods(seen.run)  # a quota may refuse some of them
+        return "running" if active and complete and all(map(is_running, active)) else "starting"
     status = seen.run.get("status") or {}
     parts = [status, *(status.get("replicatedJobsStatus") or []), *(status.get("jobsStatus") or [])]
     ready = sum(int(part.get("ready") or 0) for part in parts)

@@ -29,6 +29,9 @@ def job(**facts: Object) -> Object:
         (Observed(job(), [pod(0), pod(1, node="rig-b")]), RunState("running", nodes=("rig-a", "rig-b"))),
         (Observed(job(), [pod(1, node="rig-b"), pod(0)]), RunState("running", nodes=("rig-a", "rig-b"))),
         (Observed(job(), [pod(0), pod(1, "Pending", node=None)]), RunState("starting", nodes=("rig-a",))),
+        # a quota refuses the other one; one that has done its work is still one of two
+        (Observed(job(), [pod(0)]), RunState("starting", nodes=("rig-a",))),
+        (Observed(job(), [pod(0), pod(1, "Succeeded")]), RunState("running", nodes=("rig-a",))),
         (Observed(job(ready=2, active=2), looked=False), RunState("running")),
         (Observed(job(ready=0, active=2), looked=False), RunState("starting")),
         (Observed(run_object(status={"conditions": [condition("Complete")]})), RunState("done", 0)),
