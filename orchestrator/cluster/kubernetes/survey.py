@@ -7,6 +7,7 @@ from typing import Any
 
 from orchestrator.cluster.kubernetes.api import Api
 from orchestrator.cluster.kubernetes.facts import facts_of, newest_progress
+from orchestrator.cluster.kubernetes.failures import Busy
 from orchestrator.cluster.kubernetes.inventory import read_inventory
 from orchestrator.cluster.kubernetes.pods import cause_of, container_of, end_of, failed_setup, has_started, index_of
 from orchestrator.cluster.kubernetes.resources import (
@@ -85,10 +86,13 @@ def _speaking(pods: Sequence[Object]) -> list[Object]:
 
 
 def _lines_of(api: Api, pod: Object) -> list[dict[str, Any]]:
-    """The last lines of each rank of a pod, and of its launcher."""
+    """The last lines of each rank of a pod, and of its launcher; none where its node does not answer."""
     query = {"container": failed_setup(pod) or container_of(pod), "tailLines": str(4 * LINES)}
     path = POD.path(api.namespace, pod["metadata"]["name"], "log")
-    texts = [line.decode(errors="replace") for line in api.stream(path, query, LOG_S)]
+    try:
+        texts = [line.decode(errors="replace") for line in api.stream(path, query, LOG_S, patient=False)]
+    except Busy:
+        return []
     groups: dict[tuple[int, int | None], list[str]] = {}
     for said in read_lines(texts):
         if said.kind == "log":

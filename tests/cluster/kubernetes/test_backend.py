@@ -167,6 +167,7 @@ def test_a_run_whose_node_does_not_answer_has_a_status_and_the_logs_of_the_other
     assert f"the last words of {RUN_ID}-0-aaaaa are not known: " in caplog.text
     assert [line.text for line in backend.logs(RUN_ID, False, None)] == ["here"]
     assert f"log of {RUN_ID}-0-aaaaa: " in caplog.text
+    assert [one["lines"] for one in backend.snapshot(RUN_ID).record["lines"]] == [["here"]]
     assert "connection refused" in caplog.text
 
 
