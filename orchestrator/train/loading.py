@@ -16,6 +16,7 @@ from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.files import read_json
 from orchestrator.model.weights import load_weights
 from orchestrator.model.zoo import build_model, imagenet_names
+from orchestrator.options import Where
 from orchestrator.plain import from_dict, to_dict
 from orchestrator.train import checkpoint
 from orchestrator.train.retention import best
@@ -80,7 +81,10 @@ def _from_checkpoint(path: Path, composed: Composed) -> Source:
     record = path.parent.parent / "run.json"
     frozen = read_json(record)["config"] if record.exists() else to_dict(composed.config)
     plain = overlay(frozen, composed)
-    if "://" in plain["runs_dir"]:  # where the run was kept, not what is made of its checkpoint here
+    # where the run was trained and kept says nothing of what is made of its checkpoint here
+    if plain["cluster"]["where"] == Where.kubernetes.name:
+        plain["cluster"] = to_dict(composed.config)["cluster"]
+    if "://" in plain["runs_dir"]:
         plain["runs_dir"] = composed.config.runs_dir
     typed = composed.typed_keys()
     _require_same_model(path, manifest["model"], composed, typed)

@@ -11,6 +11,8 @@ import pytest
 from launching import Cli, Run
 
 from orchestrator.cluster.stored_runs import plain_names
+from orchestrator.compose import compose
+from orchestrator.train.loading import open_source
 
 CHECKPOINT = re.compile(r"step_\d{8}")
 
@@ -27,6 +29,8 @@ def url(tmp_path: Path, trained: Run) -> str:
     (tmp_path / "store" / "shards" / "train" / "x.tar").write_bytes(b"no run at all")
     sent = json.loads((kept / "run.json").read_text())
     sent["config"]["runs_dir"] = f"file://{tmp_path}/store"
+    sent["config"]["compute"]["num_nodes"] = 2
+    sent["config"]["cluster"] |= {"where": "kubernetes", "image": "registry/image:tag", "store_secret": "store/keys"}
     (kept / "run.json").write_text(json.dumps(sent))
     torn = kept / "checkpoints" / "step_00000003.g0001"
     shutil.copytree(kept / "checkpoints" / "step_00000014.g0002", torn)
@@ -69,6 +73,10 @@ def test_it_comes_here_once_with_its_checkpoints_where_they_are_asked_for(cli: C
     assert not (here / "checkpoints" / "step_00000003").exists()
     same = [path for path in times if path.name != ".store.json"]
     assert {path: path.stat().st_mtime_ns for path in same} == {path: times[path] for path in same}, "what was here"
+    source = open_source(here / "checkpoints" / "step_00000014", compose([]))
+    assert (source.config.runs_dir, source.config.cluster.store_secret) == ("runs", None), (
+        "secrets of pods are not here"
+    )
     evaluated = cli("evaluate", f"checkpoint={run_id}:last", "--json")
     assert evaluated.code == 0, evaluated.err
     assert evaluated.json()["metrics"]["val/acc1"] == trained.result["metrics"]["val/acc1"]
