@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from orchestrator.cluster.kubernetes.api import Api, Object
-from orchestrator.cluster.kubernetes.failures import Busy, Forbidden, NotServed
+from orchestrator.cluster.kubernetes.failures import Busy, Forbidden, NotFound, NotServed
 from orchestrator.cluster.kubernetes.pods import container_of, is_running, speaks
 from orchestrator.cluster.kubernetes.resources import (
     CONFIG_MAP,
@@ -125,11 +125,16 @@ def _words_of(api: Api, found: Found, pods: Sequence[Object]) -> dict[str, Any]:
 
 
 def tail_of(api: Api, pod: Object, lines: int) -> list[str]:
-    """The last lines of the log of a pod that has started; none, and a warning, where its node does not answer."""
+    """The last lines of the log of a pod that has started; none where it is gone since it was listed.
+
+    None, and a warning, where its node does not answer.
+    """
     path = POD.path(api.namespace, pod["metadata"]["name"], "log")
     query = {"container": container_of(pod), "tailLines": str(lines)}
     try:
         return [line.decode(errors="replace") for line in api.stream(path, query, 30.0, patient=False)]
+    except NotFound:
+        return []
     except Busy as error:
         logger.warning("the last words of %s are not known: %s", pod["metadata"]["name"], error)
         return []

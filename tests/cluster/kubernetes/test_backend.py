@@ -16,7 +16,7 @@ from objects import LABELS, RUN_ID, Object, condition, ended, event, pod, run_ob
 from orchestrator.cluster.kubernetes import asking, lifecycle, logs, submit
 from orchestrator.cluster.kubernetes.api import Api
 from orchestrator.cluster.kubernetes.backend import KubernetesBackend, is_overdue, open_backend
-from orchestrator.cluster.kubernetes.failures import Forbidden
+from orchestrator.cluster.kubernetes.failures import Forbidden, NotFound
 from orchestrator.cluster.kubernetes.states import Observed, state_of
 from orchestrator.cluster.lines import progress_line, stack_end, stack_lines
 from orchestrator.compose import compose
@@ -116,6 +116,20 @@ def test_a_thousand_runs_are_listed_quickly(server: FakeApi, backend: Kubernetes
     began = time.perf_counter()
     assert len(backend.runs()) == 1000
     assert time.perf_counter() - began < 5
+
+
+def test_status_needs_no_pod_that_goes_while_it_is_asked(
+    server: FakeApi, backend: KubernetesBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a set makes its pods anew."""
+    put_run(server)
+    server.put(CORE, "pods", pod(0))
+
+    def gone(*_: object, **__: object) -> None:
+        raise NotFound("pods/log: not found")
+
+    monkeypatch.setattr(Api, "stream", gone)
+    assert (backend.status(RUN_ID)["state"], backend.status(RUN_ID)["step"]) == ("running", None)
 
 
 def test_status_joins_objects_pods_and_the_newest_progress(server: FakeApi, backend: KubernetesBackend) -> None:
