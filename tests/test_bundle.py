@@ -26,6 +26,7 @@ BY_HAND = {
     "tracking.tags": ["x"], "compute.virtual_ranks": "4", "cluster.prices": ["cpu=0.04"],
     "checkpointing.metric": "val/loss", "checkpointing.mirror": "s3://bucket/runs",
     "cluster.pull_secrets": ["registry"], "cluster.code_files": ["more.py"], "cluster.env": ["A=1"],
+    "cluster.code_store": "s3://bucket/code",
     "cluster.volumes": [{"claim": "runs", "path": "/runs", "read_only": False}], "cluster.spot": ["spot:NoSchedule"],
     "cluster.node_selector": ["pool=a100"], "cluster.tolerations": ["gpu:NoSchedule"],
 }  # fmt: skip

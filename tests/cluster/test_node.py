@@ -213,6 +213,7 @@ class TestDeaths:
         launchers[1].send(signal.SIGCONT)
         assert launchers[1].wait() == 75
 
+    @pytest.mark.slow
     def test_a_hang_is_found_on_whichever_node_it_is_with_the_stacks_of_both(self, site: Site) -> None:
         site = with_config(site, "cluster.hang_step_s=2")
         site.script(blows=[blow("sleep", where="batch")])
@@ -307,6 +308,7 @@ def test_each_node_has_its_exit_code(ended: Ended, codes: list[int]) -> None:
 
 
 class TestMeeting:
+    @pytest.mark.slow
     def test_a_node_that_comes_late_is_waited_for(self, site: Site) -> None:
         site.script()
         port = str(free_pair())
@@ -476,6 +478,7 @@ class TestEnvironment:
 
 
 class TestRequests:
+    @pytest.mark.slow
     def test_the_stacks_of_living_ranks_are_told_once_and_they_go_on(self, site: Site) -> None:
         site.script(steps=10_000, blows=[blow("SIGSTOP", rank=1)])
         launchers = site.start()

@@ -396,7 +396,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, byt
 
 
 @needs_kernel
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_at_a_few_moments_it_goes_on_to_the_same_bytes(
     large: tuple[Path, dict[str, bytes]], tmp_path: Path, workers: int
 ) -> None:

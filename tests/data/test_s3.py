@@ -233,6 +233,7 @@ def test_a_shard_that_is_missing_in_the_bucket_is_named(index: ShardIndex) -> No
         ShardStore().path(gone)
 
 
+@pytest.mark.slow
 def test_a_download_survives_the_servers_death_and_goes_on_where_it_broke(
     index: ShardIndex, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

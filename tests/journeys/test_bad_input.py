@@ -75,6 +75,7 @@ def test_a_gpu_that_is_not_there_is_refused(cli: Cli, small: tuple[str, ...]) ->
     assert not list(cli.cwd.iterdir())
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_a_process_of_its_own_just_so(cli: Cli) -> None:
     answer = cli.cold("train", "recipe.epoch=2")
     require_refused(answer, "recipe.epoch = 2", "'recipe.epochs'")

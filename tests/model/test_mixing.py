@@ -281,6 +281,7 @@ def test_a_samples_rectangle_does_not_depend_on_its_row() -> None:
     assert not torch.equal(mixing(images, labels, ids, 3, 0)[0], whole)
 
 
+@pytest.mark.slow
 def test_fresh_processes_mix_to_the_same_bits() -> None:
     code = (
         "import hashlib, torch\n"

@@ -88,6 +88,7 @@ def test_a_gradient_that_is_not_finite_is_found_though_each_loss_is(
     assert saved_steps(run_folder(cli)) == [1, 2]
 
 
+@pytest.mark.slow
 def test_bad_steps_are_left_out_with_equal_bits_for_one_and_two_processes_and_over_a_resume(
     cli: Cli, run: tuple[str, ...], saboteur: Saboteur
 ) -> None:

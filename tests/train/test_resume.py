@@ -175,6 +175,7 @@ class TestLauncher:
         for pid in group_members(process.pid):
             os.kill(pid, signal.SIGKILL)
 
+    @pytest.mark.slow
     def test_ctrl_c_saves_and_leaves_no_process_and_a_second_command_was_refused_meanwhile(
         self, cli: Cli, overrides: tuple[str, ...], undisturbed: Run, saboteur: Saboteur, process: subprocess.Popen[str]
     ) -> None:

@@ -62,6 +62,7 @@ def test_two_processes_by_default_have_the_bits_of_plain_ddp_and_one_and_two_wit
     assert alone["metrics"]["val/loss"] == pytest.approx(plain["metrics"]["val/loss"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_run_that_loses_a_process_before_its_first_save_keeps_its_virtual_ranks(
     cli: Cli, elaborate: tuple[str, ...], saboteur: Saboteur
 ) -> None:
