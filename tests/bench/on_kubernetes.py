@@ -16,12 +16,12 @@ from typing import Any
 from administrator import post
 
 from orchestrator.cluster.kubernetes.api import Api, connect
+from orchestrator.cluster.kubernetes.inventory import NAMESPACE
 from orchestrator.cluster.kubernetes.resources import CLAIM, CONFIG_MAP, JOB, POD, SERVICE, Resource
 from tests.bench.__main__ import BIN, run
 from tests.bench.first_step import QUICK, RAW, first_step, said_first
 from tests.launching import wait_for
 
-NAMESPACE = Resource("v1", "namespaces", "Namespace", namespaced=False)
 PYTHON = os.environ.get("ORCHESTRATOR_TEST_PYTHON", sys.executable)
 CLAIMED = "cluster.volumes=[{claim: runs, path: /runs, read_only: false}]"
 

@@ -15,6 +15,7 @@ from launching import wait_for
 
 from orchestrator.cluster.kubernetes.api import Api, Object, Request
 from orchestrator.cluster.kubernetes.failures import Conflict
+from orchestrator.cluster.kubernetes.inventory import CLUSTER_QUEUE, FLAVOR, NODE
 from orchestrator.cluster.kubernetes.resources import QUEUE, QUEUE_PRIORITY, Resource
 
 K8S = Path(__file__).parents[2] / "k8s"
@@ -23,9 +24,6 @@ ROLE = Resource(RBAC, "roles", "Role")
 CLUSTER_ROLE = Resource(RBAC, "clusterroles", "ClusterRole", namespaced=False)
 CLUSTER_BINDING = Resource(RBAC, "clusterrolebindings", "ClusterRoleBinding", namespaced=False)
 REVIEW = Resource(REVIEWS, "subjectaccessreviews", "SubjectAccessReview", namespaced=False)
-NODE = Resource("v1", "nodes", "Node", namespaced=False)
-FLAVOR = Resource("kueue.x-k8s.io/v1beta1", "resourceflavors", "ResourceFlavor", namespaced=False)
-CLUSTER_QUEUE = Resource("kueue.x-k8s.io/v1beta1", "clusterqueues", "ClusterQueue", namespaced=False)
 OUT_OF_SERVICE = {"key": "node.kubernetes.io/out-of-service", "value": "nodeshutdown", "effect": "NoExecute"}
 """By which a cloud, or a person, says that a node is off and its pods are gone for good."""
 

@@ -21,19 +21,20 @@ from launching import Cli, WarmServer
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from administrator import post
 from live import MAKE_SHARDS, TRAIN, Cluster, Live
 
 from orchestrator.bundle import freeze
 from orchestrator.cluster.code import archive_of
 from orchestrator.cluster.job import job_of
-from orchestrator.cluster.kubernetes.api import Api, Object, Request, connect
+from orchestrator.cluster.kubernetes.api import Request, connect
+from orchestrator.cluster.kubernetes.inventory import NAMESPACE
 from orchestrator.cluster.kubernetes.render import render
 from orchestrator.cluster.kubernetes.resources import ACCOUNT, CLAIM, KINDS, Resource
 from orchestrator.cluster.kubernetes.submit import create
 from orchestrator.compose import compose
 from orchestrator.options import JobKind
 
-NAMESPACE = Resource("v1", "namespaces", "Namespace", namespaced=False)
 PLURALS = {"Role": "roles", "RoleBinding": "rolebindings", "ServiceAccount": "serviceaccounts",
            "NetworkPolicy": "networkpolicies"}  # fmt: skip
 BASE = Path(__file__).parents[2] / "k8s" / "base"
@@ -122,11 +123,6 @@ def data(space: Cluster, server: WarmServer, tmp_path_factory: pytest.TempPathFa
     answer = Cli(server, tmp_path_factory.mktemp("data"), ())("shards", "make", *words, "--follow", *there)
     assert answer.code == 0, answer.err
     return space
-
-
-def post(api: Api, resource: Resource, obj: Object) -> Object:
-    body = {"apiVersion": resource.api, "kind": resource.kind, **obj}
-    return api.call(Request("POST", resource.path(api.namespace), body=body))
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from profiles import KINDS, PROFILES, pods_of, profile
 from orchestrator.cluster.job import JobSpec
 from orchestrator.cluster.kubernetes.api import Api, Object, connect
 from orchestrator.cluster.kubernetes.failures import Refused
+from orchestrator.cluster.kubernetes.inventory import NAMESPACE
 from orchestrator.cluster.kubernetes.pull import reader_job
 from orchestrator.cluster.kubernetes.render import render
 from orchestrator.cluster.kubernetes.resources import (
@@ -38,7 +39,6 @@ from orchestrator.errors import UserError
 from orchestrator.options import JobKind
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
-NAMESPACE = Resource("v1", "namespaces", "Namespace", namespaced=False)
 LEVEL = "pod-security.kubernetes.io/enforce"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from orchestrator.cluster.kubernetes.api import METADATA, Api, Request
 from orchestrator.cluster.kubernetes.failures import Forbidden, NotServed
+from orchestrator.cluster.kubernetes.pods import event_time
 from orchestrator.cluster.kubernetes.resources import (
     ACCOUNT,
     CLAIM,
@@ -201,10 +202,6 @@ def list_some(api: Api, resource: Resource, path: str) -> tuple[list[Object], st
     items = items[:most]
     cut = f"only the first {most:,}" if query["continue"] else ""
     if resource is EVENT and len(items) > MOST_EVENTS:
-        items = sorted(items, key=_event_time)[-MOST_EVENTS:]
+        items = sorted(items, key=event_time)[-MOST_EVENTS:]
         cut = f"only the newest {MOST_EVENTS:,}"
     return items, cut
-
-
-def _event_time(event: Object) -> str:
-    return str(event.get("lastTimestamp") or event.get("eventTime") or event["metadata"].get("creationTimestamp") or "")
