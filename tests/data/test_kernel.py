@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from jpegs import (
 from PIL import Image
 
 from orchestrator.data.kernel import DONE, JOB, OTHER, SHORT_READ, Kernel, _libjpegs, load_kernel
+from orchestrator.data.native import build
 from orchestrator.data.native.build import FLAGS, HERE, SOURCES
 
 SIZES = [(1, 1), (7, 5), (16, 16), (33, 47), (131, 97), (254, 187)]
@@ -227,6 +229,10 @@ def plain_kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
 def compile_kernel(path: Path, *flags: str) -> Kernel:
     command = [str(COMPILER), *FLAGS, *flags, "-o", str(path), str(HERE / SOURCES[0]), "-ldl", "-lm"]
     subprocess.run(command, check=True, capture_output=True)
+    return open_kernel(path)
+
+
+def open_kernel(path: Path) -> Kernel:
     library = ctypes.CDLL(str(path))
     assert any(library.kernel_open(place.encode()) == 0 for place in _libjpegs())
     return Kernel(library)
@@ -235,13 +241,61 @@ def compile_kernel(path: Path, *flags: str) -> Kernel:
 @needs_compiler
 @pytest.mark.parametrize("cubic", [False, True])
 def test_processors_with_and_without_avx2_agree_bit_for_bit(kernel: Kernel, plain_kernel: Kernel, cubic: bool) -> None:
+    assert_same_pixels(kernel, plain_kernel, cubic)
+
+
+def assert_same_pixels(kernel: Kernel, other: Kernel, cubic: bool) -> None:
     for size in SIZES:
         data = jpeg(picture(*size))
         for side in (*SIDES, 5, 63):
             boxes = edge_boxes(*size) + random_boxes(*size, 6)
             for clip in (True, False):
                 jobs = jobs_of([data] * len(boxes), boxes, np.arange(len(boxes)) % 2, clip)
-                assert np.array_equal(decode(kernel, jobs, side, cubic), decode(plain_kernel, jobs, side, cubic))
+                assert np.array_equal(decode(kernel, jobs, side, cubic), decode(other, jobs, side, cubic))
+
+
+@pytest.mark.parametrize(
+    ("system", "compiler", "built", "needs"),
+    [
+        ("linux x86_64", None, False, [build.COMPILER_WHEEL]),
+        ("linux x86_64", "/usr/bin/cc", False, []),
+        ("linux x86_64", None, True, []),
+        ("linux ppc64le", None, False, []),
+        ("darwin arm64", None, False, []),
+    ],
+)
+def test_a_compiler_is_fetched_only_where_one_is_missing_and_can_be_had(
+    system: str, compiler: str | None, built: bool, needs: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    platform, machine = system.split()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(build.platform, "machine", lambda: machine)
+    monkeypatch.setattr(build.shutil, "which", lambda name: compiler if name == "cc" else None)
+    monkeypatch.setattr(build, "kernel_path", lambda: HERE / SOURCES[0] if built else tmp_path / "absent.so")
+    assert build.build_needs() == needs
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel is written for Linux")
+def test_a_wheel_built_without_a_compiler_on_the_path_carries_a_kernel_with_the_same_pixels(
+    kernel: Kernel, tmp_path: Path
+) -> None:
+    root, copy, bare = Path(__file__).parents[2], tmp_path / "copy", tmp_path / "bin"
+    for folder in ("orchestrator", "conf", "jobs", "k8s"):
+        shutil.copytree(root / folder, copy / folder, ignore=shutil.ignore_patterns("kernel-*.so", "__pycache__"))
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
+        shutil.copy(root / name, copy)
+    bare.mkdir()
+    uv = [str(Path(sys.executable).with_name("uv")), "build", "--wheel", "--python", sys.executable]
+    variables = {name: value for name, value in os.environ.items() if name != "CC"} | {"PATH": str(bare)}
+    subprocess.run([*uv, "--out-dir", str(tmp_path / "dist"), str(copy)], env=variables, check=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (member,) = [name for name in archive.namelist() if Path(name).match("native/kernel-*.so")]
+        built = open_kernel(Path(archive.extract(member, tmp_path)))
+    for cubic in (False, True):
+        assert_same_pixels(kernel, built, cubic)
 
 
 OFFSETS = """
