@@ -29,6 +29,7 @@ from tests.track.histories import Costs, Simulation, exponential_kills
 MTBF_S = (30.0, 60.0, 120.0)
 SAVE_EVERY = (5, 20, 80)
 SEEDS = 8
+COSTS = ("step_s", "wait_s", "data_s", "save_s", "write_s", "eval_s", "import_s", "start_s")
 FAILURES = 20
 """Kills that a simulated run goes through on average."""
 ROOT = Path(__file__).parents[2]
@@ -53,10 +54,17 @@ def costs_of(run: RunRecord) -> Costs:
         steps=steps, world_size=len(run.ranks), import_s=per_event("start", "import"),
         start_s=per_event("start", "start") + per_event("first_step", "start"),
         data_s=per_step("data_wait"), step_s=per_step("compute"), wait_s=per_step("communication_wait"),
-        save_s=per_event("save", "checkpoint_stall"), eval_s=per_event("eval", "evaluation"),
+        save_s=per_event("save", "checkpoint_stall"), write_s=_write_s(events), eval_s=per_event("eval", "evaluation"),
         eval_every=next(event["steps_per_epoch"] for event in events if event["kind"] == "start"),
         log_every=10, detect_s=0.05, pause_s=0.0,
     )  # fmt: skip
+
+
+def _write_s(events: list[dict[str, Any]]) -> float:
+    """Median time from the end of a save's stall until it was on the disk."""
+    stalled = {(e["attempt"], e["step"]): e["t"] for e in events if e["kind"] == "save"}
+    written = {(e["attempt"], e["step"]): e["t"] for e in events if e["kind"] == "saved"}
+    return median([max(0.0, written[save] - stalled[save]) for save in stalled.keys() & written.keys()] or [0.0])
 
 
 def _steps_of(told: list[dict[str, Any]], first: dict[str, Any]) -> int:
@@ -114,8 +122,7 @@ def bench() -> dict[str, Any]:
         for mtbf in MTBF_S
         for every in SAVE_EVERY
     }
-    known = ("step_s", "wait_s", "data_s", "save_s", "eval_s", "import_s", "start_s")
-    return {"costs": {name: round(getattr(costs, name), 4) for name in known}, "grid": grid}
+    return {"costs": {name: round(getattr(costs, name), 4) for name in COSTS}, "grid": grid}
 
 
 def real_cell(mtbf_s: float, save_every: int, seed: int = 0, epochs: int = 60) -> dict[str, Any]:
@@ -143,6 +150,7 @@ def real_cell(mtbf_s: float, save_every: int, seed: int = 0, epochs: int = 60) -
         "recovery_p95_s": times[int(0.95 * len(times))] if times else None,
         "seconds": {phase: round(seconds, 1) for phase, seconds in came.seconds.items()},
         "wall_s": round(came.wall_s, 1),
+        "costs": {name: round(getattr(costs, name), 3) for name in COSTS},
     }  # fmt: skip
 
 

@@ -22,6 +22,8 @@ class Costs:
     step_s: float = 0.1
     wait_s: float = 0.02
     save_s: float = 0.3
+    write_s: float = 0.0
+    """From the end of a save's stall until a kill no longer loses the steps before it."""
     eval_s: float = 0.4
     finish_s: float = 0.6
     detect_s: float = 0.1
@@ -60,6 +62,10 @@ class Simulation:
     _step: int = 0
     _deadline: float = 0.0
     _unsaved: dict[str, float] = field(default_factory=dict)
+    _writing: tuple[int, float] | None = None
+    """Step of the save that is not on the disk yet, and when it will be."""
+    _since: dict[str, float] = field(default_factory=dict)
+    """What was spent since that save."""
 
     def play(self) -> Simulation:
         self.ranks = {rank: [] for rank in range(self.costs.world_size)}
@@ -83,7 +89,8 @@ class Simulation:
     def attempt(self) -> None:
         costs = self.costs
         self._attempt += 1
-        self._step, self._unsaved, self._told = self._saved, {}, self.now
+        self._step, self._told = self._saved, self.now
+        self._writing, self._unsaved, self._since = None, {}, {}
         self._deadline = self.now + self.next_kill()
         began, self._open = self.now, {}
         self.spend("import", costs.import_s)
@@ -110,9 +117,23 @@ class Simulation:
             self.tell("eval")
         if self._step % costs.save_every == 0 or self._step == costs.steps:
             self.spend("checkpoint_stall", costs.save_s)
+            self.written()  # a save waits for the one before it
             self.tell("save")
-            self.tell("saved")
-            self._saved, self._unsaved = self._step, {}
+            self._writing, self._since = (self._step, self.now + costs.write_s), {}
+            self.look_at_the_disk()
+
+    def look_at_the_disk(self) -> None:
+        if self._writing is not None and self._writing[1] <= self.now:
+            self.written()
+
+    def written(self) -> None:
+        """The save that was being written is on the disk, and tells so from a thread that touches no phases."""
+        if self._writing is None:
+            return
+        self._saved, t = self._writing
+        saved = {"t": round(min(t, self.now), 3), "attempt": self._attempt, "kind": "saved", "step": self._saved}
+        self.ranks[0].append(saved)
+        self._writing, self._unsaved = None, dict(self._since)
 
     def spend(self, phase: str, seconds: float, told: bool = True) -> None:
         """Let time pass; the kill may come within it."""
@@ -121,7 +142,9 @@ class Simulation:
         self.truth[phase] = self.truth.get(phase, 0.0) + spent
         if told:
             self._open[phase] = self._open.get(phase, 0.0) + spent
-            self._unsaved[phase] = self._unsaved.get(phase, 0.0) + spent
+            for spending in (self._unsaved, self._since):
+                spending[phase] = spending.get(phase, 0.0) + spent
+            self.look_at_the_disk()
         if spent < seconds:
             raise Killed
 
@@ -139,7 +162,8 @@ class Simulation:
         self.lose("checkpoint_stall", self._open.get("checkpoint_stall", 0.0))
         self.wasted_steps += self._step - self._saved
         if self.luck.random() < self.night:
-            last = max([self._told, self.launcher[-1]["t"]])
+            words = [self.launcher[-1:], *self.ranks.values()]
+            last = max(event["t"] for events in words for event in events[-1:])
             self.truth = {**self.truth}
             self.forget(self.now - last)
             self.now += 3600.0

@@ -19,6 +19,7 @@ def history_of(seed: int, night: float = 0.0, mean_s: float = 4.0) -> Simulation
     costs = Costs(
         world_size=luck.choice([1, 2, 4]), save_every=luck.choice([2, 7, 13]), log_every=luck.choice([1, 5, 50]),
         eval_every=luck.choice([10, 20]), save_s=luck.choice([0.0, 0.3]), data_s=luck.choice([0.0, 0.03]),
+        write_s=luck.choice([0.0, 0.1, 0.9]),
     )  # fmt: skip
     return Simulation(costs, exponential_kills(mean_s, seed, most=12), night, luck).play()
 

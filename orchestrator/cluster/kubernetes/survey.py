@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from orchestrator.cluster.kubernetes.api import Api
@@ -20,10 +21,11 @@ from orchestrator.cluster.kubernetes.resources import (
     SERVICE,
     Resource,
 )  # fmt: skip
-from orchestrator.cluster.kubernetes.runs import Found, get_run, observe
+from orchestrator.cluster.kubernetes.runs import Found, bundle_of, get_run, observe
 from orchestrator.cluster.kubernetes.states import state_of
 from orchestrator.cluster.kubernetes.trimmed import clean
 from orchestrator.cluster.lines import read_lines
+from orchestrator.cluster.predicted import predicted_memory
 from orchestrator.cluster.snapshot import Snapshot, now
 from orchestrator.cluster.testimony import LINES
 from orchestrator.errors import OrchestratorError
@@ -75,7 +77,12 @@ def _record(api: Api, found: Found) -> tuple[dict[str, Any], Sequence[Object]]:
     ends = [end for end in map(end_of, seen.pods) if end]
     first = cause_of(ends)
     end = {"exit_code": first.exit_code, "rank": first.rank, "error": first.error} if first else {}
-    return clean({"facts": facts, "end": end, "lines": lines}), seen.pods
+    record = {"facts": facts, "end": end, "lines": lines}
+    if any("OOMKilled" in (end.error or "") for end in ends):
+        with suppress(OrchestratorError):  # no right to read config maps
+            run = bundle_of(api, found.run["metadata"]["name"])
+            record["predicted"] = {"memory": run and predicted_memory(run)}
+    return clean(record), seen.pods
 
 
 def _speaking(pods: Sequence[Object]) -> list[Object]:

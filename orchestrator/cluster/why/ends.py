@@ -89,7 +89,7 @@ def _out_of_memory(scene: Scene, pod: Object, past: bool) -> Cause:
     spec = next((each for each in every if each["name"] == one.get("name")), every[0])
     limit = ((spec.get("resources") or {}).get("limits") or {}).get("memory")
     predicted = (scene.record.get("predicted") or {}).get("memory")
-    extra = f", and {predicted} was predicted" if predicted else ""
+    extra = f"; predicted: {predicted}" if predicted else ""
     had = f" of {limit}" if limit else ", which the node as a whole had no more of"
     ended = ((one.get("state") or {}).get("terminated") or (one.get("lastState") or {}).get("terminated")) or {}
     field = f"status.containerStatuses[{one.get('name')}].state.terminated"

@@ -34,6 +34,11 @@ def out_of_memory(world: World) -> None:
     ended(world.pods[1], 137, reason="OOMKilled")
 
 
+def out_of_less_memory_than_predicted(world: World) -> None:
+    out_of_memory(world)
+    world.record["predicted"] = {"memory": "2 x 5.10 GiB = 10.20 GiB for a step alone"}
+
+
 def out_of_memory_and_restarted_by_itself(world: World) -> None:
     """Both pods were made anew and do not run yet."""
     out_of_memory(world)
@@ -235,6 +240,7 @@ def unexplained(world: World) -> None:
 
 CASES = (
     (out_of_memory, "out-of-memory", ("limit of 8Gi", "cluster.memory_gib_per_process", "OOMKilled")),
+    (out_of_less_memory_than_predicted, "out-of-memory", ("limit of 8Gi; predicted: 2 x 5.10 GiB = 10.20 GiB",)),
     (out_of_memory_and_restarted_by_itself, "out-of-memory", ("8Gi",)),
     (evicted_for_memory, "evicted", ("low on memory", "node-a")),
     (disk_of_the_pod_full, "disk-full", ("emptyDir tmp", "1Gi")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kubernetes"))
 
 from fake_api import FakeApi, write_kubeconfig
 from objects import LABELS, RUN_ID, pod, run_object
+from profiles import bundle_of
 from scenes import SPACE, healthy
 from stuck_runs import no_secret
 
+from orchestrator.bundle import content_of
 from orchestrator.cli.main import main
 from orchestrator.cluster.kubernetes import inventory
 from orchestrator.cluster.kubernetes.api import Api, connect
@@ -75,6 +78,37 @@ def test_a_survey_holds_the_run_its_surroundings_and_its_last_lines(server: Fake
     assert "the cluster does not serve rayclusters" in (taken.unread("RayCluster") or "")
     assert taken.unread("Pod") is None
     assert explain(taken).said == "step 7 of 40"
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("cpu", r"limit of 24Gi; predicted: 2 x (0\.\d\d) GiB = \d\.\d\d GiB for a step alone"),
+        ("cuda", "limit of 24Gi$"),
+    ],
+)
+def test_what_a_pod_had_and_what_was_predicted_are_told_where_memory_ran_out(
+    device: str, said: str, server: FakeApi, api: Api
+) -> None:
+    bundle = bundle_of(
+        "model=resnet18",
+        "recipe.global_batch_size=32",
+        "compute=cpu2",
+        "compute.num_nodes=2",
+        "compute.num_processes=4",
+        f"compute.device={device}",
+    )
+    run = {"metadata": {"name": f"run-{RUN_ID}"}, "data": {"run.json": json.dumps(content_of(bundle, {}))}}
+    server.put(CORE, "configmaps", run)
+    killed = pod(0)
+    killed["status"] |= {"phase": "Failed", "containerStatuses": [
+        {"name": "train", "state": {"terminated": {"reason": "OOMKilled", "exitCode": 137}}}
+    ]}  # fmt: skip
+    killed["spec"]["containers"] = [{"name": "train", "resources": {"limits": {"memory": "24Gi"}}}]
+    server.put(CORE, "pods", killed)
+    (first, *_) = explain(survey(api, RUN_ID)).causes
+    assert first.name == "out-of-memory"
+    assert re.search(said, first.said), first.said
 
 
 def test_of_other_runs_it_holds_where_they_lie_and_what_they_take_and_no_more(server: FakeApi, api: Api) -> None:

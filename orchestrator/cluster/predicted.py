@@ -1,0 +1,35 @@
+"""What a run was predicted to take, for whoever asks why it ended for want of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import ceil
+from typing import Any
+
+from orchestrator.cluster.job import num_processes
+from orchestrator.errors import OrchestratorError
+from orchestrator.options import Device
+from orchestrator.plain import from_dict
+from orchestrator.train.needs import rows_of
+
+GIB = 2**30
+
+
+def predicted_memory(run: Mapping[str, Any]) -> str | None:
+    """The host's memory that the steps of one node take, in words; `run`: the content of run.json.
+
+    None where the steps compute on a GPU, whose memory is not the host's, and where the config is another version's.
+    """
+    from orchestrator.train.footprint import trace_step  # imports torch: seconds
+
+    try:
+        config = from_dict(run["config"])
+    except OrchestratorError:
+        return None
+    if config.compute.device is not Device.cpu:
+        return None
+    processes = num_processes(config)
+    foot = trace_step(config, config.model.num_classes or 1000, rows_of(config, processes))
+    here = ceil(processes / config.compute.num_nodes)
+    times = f"{here} x {foot.peak / GIB:.2f} GiB = " if here > 1 else ""
+    return f"{times}{here * foot.peak / GIB:.2f} GiB for a step alone"
