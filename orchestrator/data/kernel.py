@@ -1,6 +1,7 @@
 """The compiled decoder: a batch of JPEGs in one call, outside Python's lock.
 
-It is built at installation where there is a C compiler and uses the libjpeg-turbo that Pillow's wheel carries.
+It is built at installation, with the machine's C compiler or the one of a wheel, and uses the libjpeg-turbo that
+Pillow's wheel carries.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def load_kernel() -> Kernel | str:
         return "switched off by ORCHESTRATOR_KERNEL=off"
     path = kernel_path()
     if not path.exists():
-        return "not built (no C compiler at installation; `make install` builds it once there is one)"
+        return "not built (no C compiler at installation, nor one from PyPI; `make install` tries again)"
     library = ctypes.CDLL(str(path))
     if library.kernel_job_size() != JOB.itemsize:
         return f"{path.name} has another layout of jobs"

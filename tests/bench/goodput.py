@@ -29,7 +29,7 @@ from tests.track.histories import Costs, Simulation, exponential_kills
 MTBF_S = (30.0, 60.0, 120.0)
 SAVE_EVERY = (5, 20, 80)
 SEEDS = 8
-COSTS = ("step_s", "wait_s", "data_s", "save_s", "write_s", "eval_s", "import_s", "start_s")
+COSTS = ("launch_s", "step_s", "wait_s", "data_s", "save_s", "write_s", "eval_s", "import_s", "start_s")
 FAILURES = 20
 """Kills that a simulated run goes through on average."""
 ROOT = Path(__file__).parents[2]
@@ -50,14 +50,22 @@ def costs_of(run: RunRecord) -> Costs:
     def per_event(kind: str, phase: str) -> float:
         return median([e["phases"].get(phase, 0.0) for e in events if e["kind"] == kind] or [0.0])
 
+    import_s = per_event("start", "import")
+    start_s = per_event("start", "start") + per_event("first_step", "start")
     return Costs(
-        steps=steps, world_size=len(run.ranks), import_s=per_event("start", "import"),
-        start_s=per_event("start", "start") + per_event("first_step", "start"),
+        steps=steps, world_size=len(run.ranks), launch_s=_cold_s(run) - import_s - start_s,
+        import_s=import_s, start_s=start_s,
         data_s=per_step("data_wait"), step_s=per_step("compute"), wait_s=per_step("communication_wait"),
         save_s=per_event("save", "checkpoint_stall"), write_s=_write_s(events), eval_s=per_event("eval", "evaluation"),
         eval_every=next(event["steps_per_epoch"] for event in events if event["kind"] == "start"),
         log_every=10, detect_s=0.05, pause_s=0.0,
     )  # fmt: skip
+
+
+def _cold_s(run: RunRecord) -> float:
+    """From the command to the first step: a first attempt has nobody who has imported torch for it."""
+    began = next(event["began"] for event in run.launcher if event["kind"] == "launch")
+    return next(event["t"] for event in run.events if event["kind"] == "first_step") - began
 
 
 def _write_s(events: list[dict[str, Any]]) -> float:

@@ -16,6 +16,8 @@ class Costs:
 
     steps: int = 60
     world_size: int = 2
+    launch_s: float = 0.8
+    """From the command until the ranks of its first attempt begin, and what that attempt's start takes more."""
     import_s: float = 0.2
     start_s: float = 0.5
     data_s: float = 0.01
@@ -82,7 +84,7 @@ class Simulation:
 
     def launch(self) -> None:
         began = self.now
-        self.spend("start", 0.8, told=False)
+        self.spend("start", self.costs.launch_s, told=False)
         facts = {"world_size": self.costs.world_size, "began": began}
         self.launcher.append({"t": self.now, "attempt": self._attempt + 1, "kind": "launch", **facts})
 

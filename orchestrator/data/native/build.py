@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = ("kernel.c", "huffman.h", "jpeg_file.h", "libjpeg.h", "resize.h")
+SOURCES = ("kernel.c", "cpu.h", "huffman.h", "jpeg_file.h", "libjpeg.h", "resize.h")
 FLAGS = (
     "-O3",
     "-std=gnu11",

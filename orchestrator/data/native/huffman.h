@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "cpu.h"
+
 enum { LOOK = 10, LONGEST = 16, MOST_BLOCKS = 10, TABLES = 4 };
 
 /* A code of at most LOOK bits has in `look` its symbol << 8 | its length, or, where the bits of its value lie within
@@ -203,7 +205,7 @@ static int huffman_mcu_plain(HuffmanScan *scan, int16_t **blocks) { return huffm
 /* Shifts by a variable count are a good part of the work and take less with BMI2. */
 __attribute__((target("bmi2"))) static int huffman_mcu_bmi2(HuffmanScan *scan, int16_t **blocks) { return huffman_mcu(scan, blocks); }
 
-static void huffman_choose(HuffmanScan *scan) { scan->read_mcu = __builtin_cpu_supports("bmi2") ? huffman_mcu_bmi2 : huffman_mcu_plain; }
+static void huffman_choose(HuffmanScan *scan) { scan->read_mcu = cpu_has(CPU_BMI2) ? huffman_mcu_bmi2 : huffman_mcu_plain; }
 #else
 static void huffman_choose(HuffmanScan *scan) { scan->read_mcu = huffman_mcu_plain; }
 #endif

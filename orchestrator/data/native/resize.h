@@ -9,6 +9,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "cpu.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -256,9 +258,7 @@ AVX2 static void down_avx2(const uint8_t *narrow, const Taps *taps, uint8_t *out
 
 static int has_avx2(void) {
 #if defined(__x86_64__)
-    static int known = -1;
-    if (known < 0) known = __builtin_cpu_supports("avx2") != 0;
-    return known;
+    return cpu_has(CPU_AVX2);
 #else
     return 0;
 #endif
