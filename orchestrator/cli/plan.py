@@ -10,6 +10,7 @@ from orchestrator.cli.console import note, print_json
 from orchestrator.cli.outlook import exit_code_of, look_ahead, rows
 from orchestrator.errors import EXIT_DONE, OrchestratorError
 from orchestrator.options import Where
+from orchestrator.track.words import size
 
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
@@ -109,7 +110,7 @@ def told(needs: Needs, config: RunConfig, largest: int | None) -> list[tuple[str
         ("time", f"{duration(needs.hours * 3600)} of steps" if needs.hours else ""),
         ("whole run", f"{needs.petaflops:,.3g} PFLOP" if needs.petaflops else ""),
         ("data", _data(needs)),
-        ("checkpoint", f"{_size(needs.checkpoint_bytes)}{checkpoints}"),
+        ("checkpoint", f"{size(needs.checkpoint_bytes)}{checkpoints}"),
         ("cost", ", ".join(f"{cost:,.2f} {config.cluster.currency} on {name}" for name, cost in needs.cost.items())),
     ]
 
@@ -121,20 +122,12 @@ def _memory(foot: Footprint) -> str:
         "moving average": foot.moving_average,
         "within a step": foot.within_a_step,
     }
-    listed = ", ".join(f"{name} {_size(nbytes)}" for name, nbytes in parts.items() if nbytes)
-    return f"{_size(foot.peak)} a process at the peak ({listed})"
+    listed = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in parts.items() if nbytes)
+    return f"{size(foot.peak)} a process at the peak ({listed})"
 
 
 def _data(needs: Needs) -> str:
     if not needs.set_bytes or not needs.node_bytes_per_epoch:
         return ""
     share = f", a node's cache holds {needs.cached_share:.0%}" if needs.cached_share else ""
-    return f"{_size(needs.set_bytes)}; {_size(needs.node_bytes_per_epoch)} a node and epoch where it is far{share}"
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.3g} TiB"
+    return f"{size(needs.set_bytes)}; {size(needs.node_bytes_per_epoch)} a node and epoch where it is far{share}"

@@ -10,9 +10,8 @@ from orchestrator.cluster.job import num_processes
 from orchestrator.errors import OrchestratorError
 from orchestrator.options import Device
 from orchestrator.plain import from_dict
+from orchestrator.track.words import size
 from orchestrator.train.needs import rows_of
-
-GIB = 2**30
 
 
 def predicted_memory(run: Mapping[str, Any]) -> str | None:
@@ -31,5 +30,5 @@ def predicted_memory(run: Mapping[str, Any]) -> str | None:
     processes = num_processes(config)
     foot = trace_step(config, config.model.num_classes or 1000, rows_of(config, processes))
     here = ceil(processes / config.compute.num_nodes)
-    times = f"{here} x {foot.peak / GIB:.2f} GiB = " if here > 1 else ""
-    return f"{times}{here * foot.peak / GIB:.2f} GiB for a step alone"
+    times = f"{here} x {size(foot.peak)} = " if here > 1 else ""
+    return f"{times}{size(here * foot.peak)} for a step, besides what a process takes by itself"

@@ -42,6 +42,15 @@ def moment(unix_s: float | None) -> str:
     return "–" if unix_s is None else datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
+def size(nbytes: float) -> str:
+    """Three digits, in the unit that fits."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.3g} TiB"
+
+
 def share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 

@@ -36,7 +36,7 @@ def main(rows: int, overrides: list[str]) -> None:
     libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
     libc.mallopt(M_TRIM_THRESHOLD, 0)
     config = compose(overrides).config
-    small = make(config, 1)
+    small = make(config, 2)  # batch normalisation wants two values
     small.run(lambda phase: None)  # what libraries take at their first use is not the step's
     del small
     before = resident("VmRSS")

@@ -55,10 +55,19 @@ def explain(snapshot: Snapshot, run_id: str | None = None) -> Answer:
         return _of_record(snapshot)
     scene = find_scene(snapshot, run_id)
     causes = ranked(cause for finder in FINDERS for cause in finder(scene))
+    if scene.state.state == "failed":
+        causes = _of_an_end(causes)
     if all(cause.past for cause in causes):
         causes = ranked([*causes, *ends.verdict_of_controller(scene), *_silence(scene, causes)])
     state = scene.state.state
     return _answer(scene.name, state, _standing(scene), causes, _unread(snapshot))
+
+
+def _of_an_end(causes: list[Cause]) -> list[Cause]:
+    """Of a run that failed while it trained: what kept some of its pods away did not end it, and follows."""
+    if not any(cause.stage is Stage.training and cause.depth is Depth.root and not cause.past for cause in causes):
+        return causes
+    return ranked(replace(one, depth=Depth.follows) if one.stage < Stage.meeting else one for one in causes)
 
 
 def _of_record(snapshot: Snapshot) -> Answer:

@@ -36,7 +36,16 @@ def out_of_memory(world: World) -> None:
 
 def out_of_less_memory_than_predicted(world: World) -> None:
     out_of_memory(world)
-    world.record["predicted"] = {"memory": "2 x 5.10 GiB = 10.20 GiB for a step alone"}
+    world.record["predicted"] = {"memory": "2 x 5.1 GiB = 10.2 GiB for a step"}
+
+
+def out_of_memory_where_a_quota_kept_the_other_pod_away(world: World) -> None:
+    """Made anew after the first failure, which left no room in the quota: that ended nothing."""
+    text = f'Error creating: pods "{RUN}-1-abcde" is forbidden: exceeded quota: team, requested: pods=1, '
+    world.add("Event", event(world.run, "FailedCreate", f"{text}used: pods=4, limited: pods=4"))
+    ended(world.pods[0], 137, reason="OOMKilled")
+    world.objects["Pod"] = [pod for pod in world.objects["Pod"] if pod is not world.pods[1]]
+    failed(world, *LIMIT)
 
 
 def out_of_memory_and_restarted_by_itself(world: World) -> None:
@@ -240,7 +249,8 @@ def unexplained(world: World) -> None:
 
 CASES = (
     (out_of_memory, "out-of-memory", ("limit of 8Gi", "cluster.memory_gib_per_process", "OOMKilled")),
-    (out_of_less_memory_than_predicted, "out-of-memory", ("limit of 8Gi; predicted: 2 x 5.10 GiB = 10.20 GiB",)),
+    (out_of_less_memory_than_predicted, "out-of-memory", ("limit of 8Gi; predicted: 2 x 5.1 GiB = 10.2 GiB",)),
+    (out_of_memory_where_a_quota_kept_the_other_pod_away, "out-of-memory", ("limit of 8Gi",)),
     (out_of_memory_and_restarted_by_itself, "out-of-memory", ("8Gi",)),
     (evicted_for_memory, "evicted", ("low on memory", "node-a")),
     (disk_of_the_pod_full, "disk-full", ("emptyDir tmp", "1Gi")),

@@ -83,7 +83,7 @@ def test_a_survey_holds_the_run_its_surroundings_and_its_last_lines(server: Fake
 @pytest.mark.parametrize(
     ("device", "said"),
     [
-        ("cpu", r"limit of 24Gi; predicted: 2 x (0\.\d\d) GiB = \d\.\d\d GiB for a step alone"),
+        ("cpu", r"limit of 24Gi; predicted: 2 x \d+ MiB = \d+ MiB for a step, besides"),
         ("cuda", "limit of 24Gi$"),
     ],
 )
