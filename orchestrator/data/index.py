@@ -6,8 +6,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,8 @@ from orchestrator.errors import DataError
 
 INDEX_NAME = "shards.json"
 SCHEMA = 1
+MOST_NAMES = 1000
+"""That are looked at for the one that was meant."""
 KIND = "wids-shard-index-v1"
 
 _KINDS = "jpg, jpeg, png or webp"
@@ -155,11 +160,23 @@ def _parse(index_at: str) -> dict[str, Any]:
     return body
 
 
+def _meant(folder: Path) -> str:
+    """The folder beside it that has nearly its name, as a question."""
+    there = next(parent for parent in folder.parents if parent.is_dir())
+    first, *rest = folder.relative_to(there).parts
+    with suppress(OSError):
+        names = [entry.name for entry in islice(there.iterdir(), MOST_NAMES)]
+        for close in get_close_matches(first, names, cutoff=0.6):
+            if there.joinpath(close, *rest).is_dir():
+                return f" (did you mean {there.joinpath(close, *rest)}?)"
+    return ""
+
+
 def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        what = f"has no {INDEX_NAME}" if path.parent.is_dir() else "does not exist"
+        what = f"has no {INDEX_NAME}" if path.parent.is_dir() else f"does not exist{_meant(path.parent.absolute())}"
         raise DataError(f"{path.parent}: the shard folder {what}. {_MAKE}") from None
     except OSError as error:
         raise DataError(

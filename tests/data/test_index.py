@@ -210,13 +210,16 @@ def test_a_stale_index_names_the_shard_both_numbers_and_the_way_out(two: Path):
     ("location", "message"),
     [
         ("absent", "does not exist. Way out: `orchestrator shards make"),
+        ("twoo", r"does not exist \(did you mean .*/two\?\). Way out"),
+        ("emty/train", r"does not exist \(did you mean .*/empty/train\?\). Way out"),
+        ("emty/val", "does not exist. Way out"),
         ("empty", "has no shards.json. Way out: `orchestrator shards make"),
         ("two/x-{000..004}.tar", "3 of 5 shards of the pattern are not in the index"),
         ("two/x-{000.tar", "nbalanced"),
     ],
 )
 def test_a_set_that_is_not_there_says_how_to_get_it(two: Path, tmp_path: Path, location: str, message: str):
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "train").mkdir(parents=True)
     with pytest.raises(DataError, match=message):
         load_index(str(tmp_path / location))
 
