@@ -63,7 +63,7 @@ CATALOGUE: Mapping[str, str] = {
     "node-missing": "other nodes did not come",
     "network": "NCCL or gloo could not connect",
     # training
-    "out-of-memory": "the kernel killed a container or rank for its memory: the limit, and on CPUs what a step was predicted to take",
+    "out-of-memory": "the kernel killed a container or rank for its memory: the limit, what was predicted",
     "gpu-memory": "the GPU's memory does not hold the step",
     "shared-memory-full": "/dev/shm is full",
     "disk-full": "a disk, a claim or a volume of the pod is full",
