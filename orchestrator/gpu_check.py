@@ -24,6 +24,7 @@ from orchestrator.probes import PACKAGE_ROOT
 
 BENCH = "orchestrator.gpu_bench:"
 AGREEMENT = "orchestrator.gpu_agreement:"
+MEMORY = "orchestrator.gpu_memory:"
 BATCHES = (64, 128, 256)
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
@@ -80,6 +81,11 @@ class CheckResult:
     error: str | None
 
 
+def _memory(name: str, rows: int, *overrides: str) -> Check:
+    options = {"overrides": ("data=imagenet", *overrides), "rows": rows}
+    return Check(name=f"memory/{name}", target=f"{MEMORY}compare_memory", limit_s=90.0, options=options)
+
+
 def _step_time(variant: str, batch: int) -> Check:
     options = VARIANTS[variant] | {"batch": batch, "must_fit": batch == min(BATCHES)}
     limit_s = 150.0 if "compiled" in options else 60.0
@@ -97,6 +103,9 @@ CHECKS: tuple[Check, ...] = (
     Check(name="deterministic_fp32", target=f"{AGREEMENT}repeat_steps", options={"precision": "fp32"}),
     Check(name="deterministic_bf16", target=f"{AGREEMENT}repeat_steps", options={"precision": "bf16"}),
     Check(name="compile", target=f"{AGREEMENT}compare_compiled", limit_s=180.0),
+    _memory("resnet50/64", 64, "model=resnet50"),
+    _memory("resnet50_bf16/128", 128, "model=resnet50", "compute.precision=bf16"),
+    _memory("resnet18_average/128", 128, "model=resnet18", "recipe.ema_decay=0.99"),
     *(_step_time(variant, batch) for variant in VARIANTS for batch in BATCHES),
 )
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from jobs import gpu_check as job
-from orchestrator import gpu_agreement, gpu_bench, gpu_check
+from orchestrator import gpu_agreement, gpu_bench, gpu_check, gpu_memory
 from orchestrator.gpu_check import Check, CheckFailed, Setting
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,12 +107,10 @@ def test_only_takes_the_checks_whose_name_starts_so():
 
 def test_every_line_of_the_registry_names_a_function_that_takes_its_options():
     names = [check.name for check in gpu_check.CHECKS]
-    assert len(set(names)) == len(names) == 25
+    assert len(set(names)) == len(names) == 28
     for check in gpu_check.CHECKS:
         module, _, function = check.target.partition(":")
-        call = getattr(
-            {"orchestrator.gpu_bench": gpu_bench, "orchestrator.gpu_agreement": gpu_agreement}[module], function
-        )
+        call = getattr({one.__name__: one for one in (gpu_bench, gpu_agreement, gpu_memory)}[module], function)
         inspect.signature(call).bind(Setting(), **check.options)
 
 

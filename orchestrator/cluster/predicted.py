@@ -13,9 +13,15 @@ from orchestrator.plain import from_dict
 from orchestrator.track.words import size
 from orchestrator.train.needs import rows_of
 
+GIB = 2**30
+ALONE_GIB = 0.7
+"""A process that holds no model: torch and Lightning, measured by its own share of what is shared."""
+SPARE = 1.25
+"""For what the allocator keeps and the loaders hold."""
 
-def predicted_memory(run: Mapping[str, Any]) -> str | None:
-    """The host's memory that the steps of one node take, in words; `run`: the content of run.json.
+
+def predicted_memory(run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`memory`: what the steps of one node take, in words; `gib_per_process`: enough of it. `run`: run.json's content.
 
     None where the steps compute on a GPU, whose memory is not the host's, and where the config is another version's.
     """
@@ -31,4 +37,5 @@ def predicted_memory(run: Mapping[str, Any]) -> str | None:
     foot = trace_step(config, config.model.num_classes or 1000, rows_of(config, processes))
     here = ceil(processes / config.compute.num_nodes)
     times = f"{here} x {size(foot.peak)} = " if here > 1 else ""
-    return f"{times}{size(here * foot.peak)} for a step, besides what a process takes by itself (0.5 to 0.7 GiB)"
+    told = f"{times}{size(here * foot.peak)} for a step, besides what a process takes by itself (0.5 to 0.7 GiB)"
+    return {"memory": told, "gib_per_process": ceil(4 * (foot.peak / GIB + ALONE_GIB) * SPARE) / 4}

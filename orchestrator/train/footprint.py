@@ -133,6 +133,7 @@ class Step:
 
     def __init__(self, net: nn.Module, ema: ExponentialMovingAverage | None, config: RunConfig, rows: int):
         self._ema, self._config, self._rows = ema, config, rows
+        self._device = next(net.parameters()).device
         self._module = Classifier(net, config, Span(0, 1, 1, 0, 1, 1))
         self._module._host_ids = torch.arange(rows)
         self._optimizer = self._module.configure_optimizers()
@@ -140,9 +141,10 @@ class Step:
     def run(self, enter: Callable[[str], None]) -> None:
         side, rows, dtype = self._config.data.image_size, self._rows, AUTOCAST.get(self._config.compute.precision)
         enter("forward")
-        images, ids = torch.zeros(rows, 3, side, side, dtype=torch.uint8), torch.arange(rows)
+        images = torch.zeros(rows, 3, side, side, dtype=torch.uint8, device=self._device)
+        ids = torch.arange(rows, device=self._device)
         batch = Batch(images, torch.zeros_like(ids), ids, rows, 0, cast("torch.Tensor", Numbers(rows)))
-        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        with torch.autocast(self._device.type, dtype, enabled=dtype is not None):
             loss = self._module.training_step(batch, 0)
         enter("backward")
         loss.backward()

@@ -81,7 +81,7 @@ def _record(api: Api, found: Found) -> tuple[dict[str, Any], Sequence[Object]]:
     if any("OOMKilled" in (end.error or "") for end in ends):
         with suppress(OrchestratorError):  # no right to read config maps
             run = bundle_of(api, found.run["metadata"]["name"])
-            record["predicted"] = {"memory": run and predicted_memory(run)}
+            record["predicted"] = run and predicted_memory(run)
     return clean(record), seen.pods
 
 

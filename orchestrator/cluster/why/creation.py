@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 
+from orchestrator.cluster.kubernetes.pods import is_active
+from orchestrator.cluster.kubernetes.resources import RUN
 from orchestrator.cluster.why.cause import Cause, Evidence, Stage, shown
 from orchestrator.cluster.why.scene import Object, Scene, condition, of_condition, of_event, of_object, seconds, when
 
@@ -32,6 +35,7 @@ DOWN = re.compile(r'failed calling webhook "(?P<name>[^"]+)": (?P<why>.*)', re.D
 ACCOUNT = re.compile(r'serviceaccount "(?P<name>[^"]+)" not found')
 PRIORITY = re.compile(r"no PriorityClass with name (?P<name>\S+) was found")
 RULE = re.compile(r"(?P<rule>[\w .!=/\"]+?) \(")
+MOST_NEIGHBOURS = 4
 Told = tuple[str, str, str, bool]
 """Name of the cause, its sentence, the way out, whether it may pass by itself."""
 
@@ -107,10 +111,25 @@ def _quota(scene: Scene, text: str) -> Told | None:
         return None
     asked, used, most = (_pairs(found[key]) for key in ("asked", "used", "most"))
     parts = [
-        f"{asked[key]} {key} more, and {used.get(key, '0')} of {most[key]} are taken" for key in asked if key in most
+        f"{asked[key]} of {key}, and {used.get(key, '0')} of {most[key]} are taken" for key in asked if key in most
     ]
-    said = f"quota {found['name']} of namespace {scene.snapshot.namespace} is used up: a pod needs {'; '.join(parts)}"
-    return "quota-exceeded", said, "fewer or smaller pods, an end of other runs, or more quota", False
+    said = (
+        f"quota {found['name']} of namespace {scene.snapshot.namespace} is used up: a pod needs {'; '.join(parts)}"
+        f"{_neighbours(scene)}"
+    )
+    way_out = (
+        "an end of other runs (orchestrator cancel), whose room it takes by itself; fewer or smaller pods; more quota"
+    )
+    return "quota-exceeded", said, way_out, False
+
+
+def _neighbours(scene: Scene) -> str:
+    """The other runs with pods in the namespace, the largest first."""
+    here = [pod for pod in scene.snapshot.of("Pod") if pod["metadata"].get("namespace") == scene.snapshot.namespace]
+    labels = [(pod["metadata"].get("labels") or {}).get(RUN) for pod in here if is_active(pod)]
+    held = Counter(name for name in labels if name and name != scene.name)
+    shown = [f"{name} ({count} {'pod' if count == 1 else 'pods'})" for name, count in held.most_common(MOST_NEIGHBOURS)]
+    return f"; by {', '.join(shown)}{' and others' if len(held) > len(shown) else ''}" if shown else ""
 
 
 def _unsaid(scene: Scene, text: str) -> Told | None:

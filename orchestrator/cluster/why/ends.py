@@ -88,8 +88,9 @@ def _out_of_memory(scene: Scene, pod: Object, past: bool) -> Cause:
     every = [*(pod["spec"].get("initContainers") or []), *pod["spec"]["containers"]]
     spec = next((each for each in every if each["name"] == one.get("name")), every[0])
     limit = ((spec.get("resources") or {}).get("limits") or {}).get("memory")
-    predicted = (scene.record.get("predicted") or {}).get("memory")
-    extra = f"; predicted: {predicted}" if predicted else ""
+    predicted = scene.record.get("predicted") or {}
+    extra = f"; predicted: {predicted['memory']}" if predicted else ""
+    enough = f" (cluster.memory_gib_per_process={predicted['gib_per_process']:g} should do)" if predicted else ""
     had = f" of {limit}" if limit else ", which the node as a whole had no more of"
     ended = ((one.get("state") or {}).get("terminated") or (one.get("lastState") or {}).get("terminated")) or {}
     field = f"status.containerStatuses[{one.get('name')}].state.terminated"
@@ -98,7 +99,7 @@ def _out_of_memory(scene: Scene, pod: Object, past: bool) -> Cause:
     return Cause(
         "out-of-memory",
         f"the kernel killed container {one.get('name')} at its memory limit{had}{extra}",
-        "a larger cluster.memory_gib_per_process, fewer data.num_workers, or fewer processes a node",
+        f"a larger cluster.memory_gib_per_process{enough}, fewer data.num_workers, or fewer processes a node",
         Stage.training,
         tuple(proof),
         past=past,

@@ -187,6 +187,18 @@ def _cause(scene: Scene, pod: Object, barrier: Barrier, proof: tuple[Evidence, .
 
 
 Told = tuple[str, str, list[Evidence]]
+ASKED_BY = {
+    "cpu": "cluster.cpus_per_process",
+    "memory": "cluster.memory_gib_per_process",
+    "ephemeral-storage": "cluster.disk_gib",
+}
+"""Resource -> the key that a run asks for it by."""
+
+
+def _less(what: str) -> str:
+    """How a pod asks for less of something."""
+    nodes = "more compute.num_nodes for the same compute.num_processes"
+    return f"a smaller {ASKED_BY[what]}, or {nodes}" if what in ASKED_BY else nodes
 
 
 def _too_small(scene: Scene, pod: Object, barrier: Barrier) -> Told:
@@ -195,13 +207,13 @@ def _too_small(scene: Scene, pod: Object, barrier: Barrier) -> Told:
     sizes = {name: size for name, size in _sizes(scene, barrier.what).items() if name in barrier.nodes}
     if not sizes:
         said = f"a pod asks for {told(barrier.what, asked)} {what}, and no node has so much, were it empty"
-        return said, "less of it a pod: more compute.num_nodes for the same compute.num_processes", []
+        return said, f"less of it a pod: {_less(barrier.what)}", []
     best = max(sizes, key=lambda name: sizes[name])
     most = told(barrier.what, sizes[best])
     said = f"a pod asks for {told(barrier.what, asked)} {what}, and the largest of {len(sizes)} nodes has {most}"
     node = scene.named("Node", best) or {}
     proof = of_object({**node, "kind": "Node"}, f"status.allocatable[{barrier.what}]", most)
-    way_out = f"at most {most} {what} a pod: more compute.num_nodes for the same compute.num_processes"
+    way_out = f"at most {most} {what} a pod: {_less(barrier.what)}"
     if not sizes[best]:
         said = f"a pod asks for {told(barrier.what, asked)} {what}, and none of {len(sizes)} nodes has any"
         way_out = "nodes with it, or compute.device=cpu" if what == "GPU" else "nodes with it, or leave it out"

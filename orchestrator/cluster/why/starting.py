@@ -37,7 +37,7 @@ WAYS = {
     "rate": "wait, or a registry of your own, or cluster.pull_secrets=[NAME]",
     "platform": "an image for the processor of these nodes",
     "disk": "let the operator of the cluster look at the node's disk",
-    "away": "wait, or a registry that the nodes reach (the name may be misspelt)",
+    "away": "cluster.image at a registry that the nodes reach (localhost is the node itself), or wait for it",
 }
 PASSES = ("rate", "away", "disk")
 

@@ -36,7 +36,7 @@ def out_of_memory(world: World) -> None:
 
 def out_of_less_memory_than_predicted(world: World) -> None:
     out_of_memory(world)
-    world.record["predicted"] = {"memory": "2 x 5.1 GiB = 10.2 GiB for a step"}
+    world.record["predicted"] = {"memory": "2 x 5.1 GiB = 10.2 GiB for a step", "gib_per_process": 7.25}
 
 
 def out_of_memory_where_a_quota_kept_the_other_pod_away(world: World) -> None:
@@ -249,7 +249,7 @@ def unexplained(world: World) -> None:
 
 CASES = (
     (out_of_memory, "out-of-memory", ("limit of 8Gi", "cluster.memory_gib_per_process", "OOMKilled")),
-    (out_of_less_memory_than_predicted, "out-of-memory", ("limit of 8Gi; predicted: 2 x 5.1 GiB = 10.2 GiB",)),
+    (out_of_less_memory_than_predicted, "out-of-memory", ("2 x 5.1 GiB = 10.2 GiB", "=7.25 should do")),
     (out_of_memory_where_a_quota_kept_the_other_pod_away, "out-of-memory", ("limit of 8Gi",)),
     (out_of_memory_and_restarted_by_itself, "out-of-memory", ("8Gi",)),
     (evicted_for_memory, "evicted", ("low on memory", "node-a")),

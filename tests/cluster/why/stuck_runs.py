@@ -253,7 +253,7 @@ def service_selects_nothing(world: World) -> None:
 
 
 CASES = (
-    (quota, "quota-exceeded", ("quota team", "8 requests.nvidia.com/gpu more", "8 of 8", "ResourceQuota team")),
+    (quota, "quota-exceeded", ("quota team", "8 of requests.nvidia.com/gpu", "8 of 8", "ResourceQuota team")),
     (quota_for_the_second_pod, "quota-exceeded", ("quota team",)),
     (quota_wants_limits, "quota-exceeded", ("limits.cpu",)),
     (limit_range, "limit-range", ("at the maximum 4Gi memory per Container", "limit is 8Gi", "LimitRange small")),
