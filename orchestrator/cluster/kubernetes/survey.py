@@ -10,6 +10,7 @@ from orchestrator.cluster.kubernetes.api import Api
 from orchestrator.cluster.kubernetes.facts import facts_of, newest_progress
 from orchestrator.cluster.kubernetes.failures import Busy
 from orchestrator.cluster.kubernetes.inventory import read_inventory
+from orchestrator.cluster.kubernetes.packing import packs
 from orchestrator.cluster.kubernetes.pods import cause_of, container_of, end_of, failed_setup, has_started, index_of
 from orchestrator.cluster.kubernetes.resources import (
     ACCOUNT,
@@ -78,7 +79,7 @@ def _record(api: Api, found: Found) -> tuple[dict[str, Any], Sequence[Object]]:
     first = cause_of(ends)
     end = {"exit_code": first.exit_code, "rank": first.rank, "error": first.error} if first else {}
     record = {"facts": facts, "end": end, "lines": lines}
-    if any("OOMKilled" in (end.error or "") for end in ends):
+    if any("OOMKilled" in (end.error or "") for end in ends) and not packs(found.run):
         with suppress(OrchestratorError):  # no right to read config maps
             run = bundle_of(api, found.run["metadata"]["name"])
             record["predicted"] = run and predicted_memory(run)

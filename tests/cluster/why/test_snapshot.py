@@ -21,8 +21,10 @@ from stuck_runs import no_secret
 
 from orchestrator.bundle import content_of
 from orchestrator.cli.main import main
+from orchestrator.cluster.job import PACKS
 from orchestrator.cluster.kubernetes import inventory
 from orchestrator.cluster.kubernetes.api import Api, connect
+from orchestrator.cluster.kubernetes.pod import COMPONENT
 from orchestrator.cluster.kubernetes.survey import survey
 from orchestrator.cluster.snapshot import read_snapshot
 from orchestrator.cluster.why.verdict import explain
@@ -80,6 +82,23 @@ def test_a_survey_holds_the_run_its_surroundings_and_its_last_lines(server: Fake
     assert explain(taken).said == "step 7 of 40"
 
 
+def run_out_of_memory(server: FakeApi) -> None:
+    killed = pod(0)
+    killed["status"] |= {"phase": "Failed", "containerStatuses": [
+        {"name": "train", "state": {"terminated": {"reason": "OOMKilled", "exitCode": 137}}}
+    ]}  # fmt: skip
+    killed["spec"]["containers"] = [{"name": "train", "resources": {"limits": {"memory": "24Gi"}}}]
+    server.put(CORE, "pods", killed)
+
+
+def test_of_a_run_that_packs_shards_no_step_is_predicted(server: FakeApi, api: Api) -> None:
+    packer = run_object()
+    packer["metadata"]["labels"] |= {COMPONENT: PACKS}
+    server.put(BATCH, "jobs", packer)
+    run_out_of_memory(server)
+    assert "predicted" not in survey(api, RUN_ID).record
+
+
 @pytest.mark.parametrize(
     ("device", "said"),
     [
@@ -100,12 +119,7 @@ def test_what_a_pod_had_and_what_was_predicted_are_told_where_memory_ran_out(
     )
     run = {"metadata": {"name": f"run-{RUN_ID}"}, "data": {"run.json": json.dumps(content_of(bundle, {}))}}
     server.put(CORE, "configmaps", run)
-    killed = pod(0)
-    killed["status"] |= {"phase": "Failed", "containerStatuses": [
-        {"name": "train", "state": {"terminated": {"reason": "OOMKilled", "exitCode": 137}}}
-    ]}  # fmt: skip
-    killed["spec"]["containers"] = [{"name": "train", "resources": {"limits": {"memory": "24Gi"}}}]
-    server.put(CORE, "pods", killed)
+    run_out_of_memory(server)
     (first, *_) = explain(survey(api, RUN_ID)).causes
     assert first.name == "out-of-memory"
     assert re.search(said, first.said), first.said
