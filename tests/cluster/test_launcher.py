@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,10 @@ class Site:
     runs: Path
     seconds: float = 0.0
 
-    @property
+    def __post_init__(self) -> None:
+        assert self.folder, "asked for here, since threads of a test ask too, and Hydra composes one config at a time"
+
+    @cached_property
     def folder(self) -> Path:
         return self.bundle().folder
 

@@ -120,10 +120,16 @@ def wait_until(condition: object, seconds: float = 30) -> None:
 
 
 def test_ctrl_c_ends_all_processes_at_once_and_leaves_no_half_written_file(photos: Path, tmp_path: Path):
+    many = tmp_path / "many"  # so that there is work left when the signal comes, however late
+    for path in photos.rglob("*.jpg"):
+        (many / path.parent.name).mkdir(parents=True, exist_ok=True)
+        for copy in range(20):
+            (many / path.parent.name / f"{copy:02d}-{path.name}").symlink_to(path)
+    out = tmp_path / "out"
     process = subprocess.Popen(
-        command(photos, tmp_path, *FLAGS, "--workers", "2"), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        command(many, out, *FLAGS, "--workers", "2"), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
     )
-    wait_until(lambda: has_begun(tmp_path))
+    wait_until(lambda: has_begun(out))
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert (process.returncode, "Traceback" in errors) == (130, False), errors
