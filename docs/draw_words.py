@@ -5,12 +5,13 @@ The snapshots of tests/cluster/why/cases were taken of a real cluster; they hold
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.cluster.kubernetes.pods import statuses
 from orchestrator.cluster.snapshot import read_snapshot
+from orchestrator.cluster.why.scene import RUNS
 from orchestrator.cluster.why.verdict import explain
 
 HERE = Path(__file__).parent
@@ -18,7 +19,6 @@ CASES = HERE.parent / "tests" / "cluster" / "why" / "cases"
 PAGE = HERE / "why.md"
 MARKS = ("<!-- words: python docs/draw_words.py -->\n", "<!-- end of words -->")
 LONGEST = 220
-RUN_KINDS = ("Job", "JobSet", "TrainJob", "RayJob")
 STATES = {"queued": "PENDING", "starting": "PENDING", "running": "RUNNING", "failed": "FAILED", "stopped": "CANCELLED"}
 """What TorchX's scheduler for Kubernetes makes of the phase of a Volcano job."""
 Object = dict[str, Any]
@@ -42,18 +42,18 @@ def table() -> str:
 
 def row(path: Path) -> Iterator[str]:
     """What was done to the run, and what each tells of it."""
-    objects: Mapping[str, list[Object]] = json.loads(path.read_text())["objects"]
-    answer = explain(read_snapshot([path]))
+    snapshot = read_snapshot([path])
+    objects, answer = snapshot.objects, explain(snapshot)
     run = answer.run_id
     case, _, cause = path.stem.partition(".")
     yield f"{cause.replace('none', 'nothing').replace('-', ' ')} (`{case}`)"
-    yield _said(objects, RUN_KINDS, run) or "no word of a cause"
+    yield _said(objects, RUNS, run) or "no word of a cause"
     yield _said(objects, ("Pod", "Workload", "RayCluster"), run) or "no word of a cause"
-    yield STATES.get(answer.said.partition(":")[0].partition(" ")[0], "RUNNING")
+    yield STATES.get(answer.state, "RUNNING")
     yield answer.causes[0].said if answer.causes else f"nothing is wrong: {answer.said}"
 
 
-def _said(objects: Mapping[str, list[Object]], kinds: tuple[str, ...], run: str) -> str:
+def _said(objects: Mapping[str, Sequence[Object]], kinds: tuple[str, ...], run: str) -> str:
     """The wordiest warning of the objects of some kinds, as `kubectl describe` prints them; else a condition."""
     about = [event for event in objects.get("Event", []) if event["involvedObject"].get("kind") in kinds]
     warnings = [event for event in about if event["type"] == "Warning" and run in event["involvedObject"]["name"]]
@@ -66,8 +66,7 @@ def _said(objects: Mapping[str, list[Object]], kinds: tuple[str, ...], run: str)
 
 
 def _waiting(pod: Object) -> Iterator[str]:
-    status = pod.get("status") or {}
-    for one in (*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())):
+    for one in (*statuses(pod, "initContainerStatuses"), *statuses(pod)):
         state = one.get("state") or {}
         ended = state.get("terminated") or {}
         if state.get("waiting"):

@@ -10,7 +10,7 @@ from orchestrator.cli.console import note, print_json
 from orchestrator.cli.outlook import exit_code_of, look_ahead, rows
 from orchestrator.errors import EXIT_DONE, OrchestratorError
 from orchestrator.options import Where
-from orchestrator.track.words import size
+from orchestrator.track.words import duration, size
 
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
@@ -95,8 +95,6 @@ def _needs(config: RunConfig, images_per_s: float | None) -> tuple[Needs, int]:
 
 def told(needs: Needs, config: RunConfig, largest: int | None) -> list[tuple[str, str]]:
     """(name, text) as a person reads them; what is not known is left out."""
-    from orchestrator.track.words import duration
-
     foot, nodes = needs.footprint, needs.num_nodes
     where = f" on {nodes} nodes" if nodes > 1 else ""
     checkpoints = f", {needs.checkpoints} are written" if needs.checkpoints else ""
