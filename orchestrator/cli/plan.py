@@ -10,7 +10,6 @@ from orchestrator.cli.console import note, print_json
 from orchestrator.cli.outlook import exit_code_of, look_ahead, rows
 from orchestrator.errors import EXIT_DONE, OrchestratorError
 from orchestrator.options import Where
-from orchestrator.track.words import duration, size
 
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
@@ -95,6 +94,8 @@ def _needs(config: RunConfig, images_per_s: float | None) -> tuple[Needs, int]:
 
 def told(needs: Needs, config: RunConfig, largest: int | None) -> list[tuple[str, str]]:
     """(name, text) as a person reads them; what is not known is left out."""
+    from orchestrator.track.words import duration, size
+
     foot, nodes = needs.footprint, needs.num_nodes
     where = f" on {nodes} nodes" if nodes > 1 else ""
     checkpoints = f", {needs.checkpoints} are written" if needs.checkpoints else ""
@@ -114,6 +115,8 @@ def told(needs: Needs, config: RunConfig, largest: int | None) -> list[tuple[str
 
 
 def _memory(foot: Footprint) -> str:
+    from orchestrator.track.words import size
+
     parts = {
         "weights": foot.weights + foot.buffers,
         "optimizer": foot.optimizer,
@@ -125,6 +128,8 @@ def _memory(foot: Footprint) -> str:
 
 
 def _data(needs: Needs) -> str:
+    from orchestrator.track.words import size
+
     if not needs.set_bytes or not needs.node_bytes_per_epoch:
         return ""
     share = f", a node's cache holds {needs.cached_share:.0%}" if needs.cached_share else ""
